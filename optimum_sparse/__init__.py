@@ -1,0 +1,24 @@
+"""Sparse language models in the Hugging Face ecosystem: prune, save compressed, load with AutoModel, run.
+
+Importing this package registers it with transformers: `from_pretrained` then takes `sparsity_config=` and
+`run_compressed=`, and reads sparse checkpoints.
+"""
+
+from .config import SparsityConfig
+from .hf.integration import SparseModelForCausalLM, install, uninstall
+from .pruner import Pruner
+from .report import LayerReport, PruningReport
+
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "LayerReport",
+    "Pruner",
+    "PruningReport",
+    "SparseModelForCausalLM",
+    "SparsityConfig",
+    "install",
+    "uninstall",
+]
+
+install()

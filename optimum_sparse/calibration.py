@@ -1,0 +1,166 @@
+"""Text to token batches: documents are packed end to end, cut into full windows, never padded. Everything is seeded."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+# name -> (dataset, subset, files of one split or None for the whole split). One file of C4 is more than enough.
+HUB_NAMES: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
+    "c4": (
+        "allenai/c4",
+        None,
+        {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
+}
+READERS = {".txt": "text", ".raw": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+Tokenizer = Any  # a transformers tokenizer; this room does not import transformers
+
+
+def calibration_batches(
+    dataset: Any,
+    tokenizer: Tokenizer | None,
+    *,
+    num_samples: int,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    sample: Callable[[int, int, int], Tensor] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Batches of `input_ids` int64 [batch, tokens], ready to be passed to a model.
+
+    Args:
+        dataset: what SparsityConfig.dataset allows; besides, any iterable of batches (a DataLoader): dicts with
+            `input_ids` and perhaps `attention_mask`, or tensors of token ids. These are taken as they are.
+        tokenizer: not needed for token ids and for "self".
+        sample: (samples, tokens, seed) -> token ids int64 [samples, tokens], how the model itself samples text.
+
+    Raises:
+        ValueError: too few tokens, saying how many there are; unreadable data.
+    """
+    if isinstance(dataset, Tensor):
+        ids = dataset[:num_samples, :sequence_length]
+        _enough(ids.numel(), num_samples, sequence_length, "the tensor of token ids")
+    elif dataset == "self":
+        if sample is None:
+            raise ValueError("dataset='self' samples text from a model, and there is none here.")
+        ids = sample(num_samples, sequence_length, seed)
+    elif isinstance(dataset, str) or (isinstance(dataset, list) and all(isinstance(text, str) for text in dataset)):
+        documents = load_documents(dataset, "train", seed)
+        ids = pack(documents, _required(tokenizer), num_samples, sequence_length, _called(dataset))
+    else:
+        return _given_batches(dataset)
+    return [{"input_ids": batch} for batch in ids.long().split(batch_size)]
+
+
+def load_documents(dataset: str | list[str], split: str, seed: int | None = None) -> Iterator[str]:
+    """The texts of a dataset name, a local file or a list; shuffled if there is a seed, else in order."""
+    if isinstance(dataset, list):
+        order = list(dataset)
+        if seed is not None:
+            random.Random(seed).shuffle(order)
+        yield from order
+        return
+    path = Path(dataset)
+    if path.suffix == ".txt" and path.is_file():  # one document
+        yield path.read_text(encoding="utf-8")
+        return
+    for row in _open_dataset(dataset, split, seed):
+        texts = [value for key, value in row.items() if key == "text"] or [v for v in row.values() if isinstance(v, str)]
+        if len(texts) != 1 or not isinstance(texts[0], str):
+            raise ValueError(f"{dataset}: needs a column 'text', or exactly one column of strings; it has {list(row)}.")
+        if texts[0].strip() or seed is None:
+            yield texts[0]
+
+
+def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"reading {dataset!r} needs the package `datasets`: pip install 'optimum-sparse[datasets]'. Without it, use "
+            "a .txt file, a list of texts, token ids, or dataset='self'."
+        ) from error
+    path = Path(dataset)
+    kind = next((kind for suffix, kind in READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
+    if kind is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
+        keep = {"keep_linebreaks": True} if kind == "text" else {}
+        rows = load_dataset(kind, data_files={"all": str(path)}, split="all", **keep)
+        return rows if seed is None else rows.shuffle(seed=seed)
+    if path.exists():
+        raise ValueError(f"dataset={dataset!r}: must be a .txt, .jsonl or .parquet file.")
+    name, _, subset = dataset.partition(":")
+    name, subset_, files = HUB_NAMES.get(name, (name, subset or None, None))
+    chosen = {split: files[split]} if files else None
+    try:
+        rows = load_dataset(name, subset_, data_files=chosen, split=split, streaming=True)
+        return rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000)
+    except Exception as error:
+        raise ValueError(
+            f"dataset={dataset!r} could not be opened on the hub ({type(error).__name__}: {error}). It must be 'c4', "
+            "'wikitext2', 'self', the name of a dataset on the hub, or an existing .txt, .jsonl or .parquet file."
+        ) from error
+
+
+def pack(
+    documents: Iterable[str], tokenizer: Tokenizer, num_samples: int, sequence_length: int, source: str
+) -> Tensor:
+    """int64 [num_samples, sequence_length]: documents end to end, an end-of-text token after each, cut into windows."""
+    needed = num_samples * sequence_length
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    with tqdm(total=needed, desc="Tokenizing", unit="token", leave=False) as bar:
+        for text in documents:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens += ids + end
+            bar.update(len(ids) + len(end))
+            if len(tokens) >= needed:
+                break
+    _enough(len(tokens), num_samples, sequence_length, source)
+    return torch.tensor(tokens[:needed]).view(num_samples, sequence_length)
+
+
+def _enough(tokens: int, num_samples: int, sequence_length: int, source: str) -> None:
+    if tokens < num_samples * sequence_length:
+        raise ValueError(
+            f"{source} has {tokens} tokens; num_samples={num_samples} x sequence_length={sequence_length} needs "
+            f"{num_samples * sequence_length}: give more text, or lower one of them."
+        )
+
+
+def _given_batches(batches: Iterable[Any]) -> list[dict[str, Tensor]]:
+    taken = []
+    for batch in batches:
+        content = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        content = {name: content[name] for name in ("input_ids", "attention_mask") if name in content}
+        if not all(isinstance(tensor, Tensor) and tensor.dim() == 2 for tensor in content.values()) or not content:
+            raise ValueError("a batch must be token ids [batch, tokens], or a dict with such `input_ids`.")
+        taken.append(content)
+    if not taken:
+        raise ValueError("the calibration data has no batches.")
+    return taken
+
+
+def _required(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise ValueError(
+            "calibration text needs a tokenizer, and none was found beside the model: pass `tokenizer=` to "
+            "`Pruner.from_pretrained`, or token ids as the dataset."
+        )
+    return tokenizer
+
+
+def _called(dataset: str | list[str]) -> str:
+    return repr(dataset) if isinstance(dataset, str) else f"the list of {len(dataset)} texts"

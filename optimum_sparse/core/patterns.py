@@ -1,0 +1,126 @@
+"""Which weights may stay: sparsity patterns, and the one function that turns scores into an exact mask.
+
+A mask is always called `keep` (True = the weight stays). `N:M` means N *kept* of every M consecutive input columns of
+one row. A pattern fixes the number of kept weights of a matrix exactly, so that a checkpoint's shapes follow from the
+config alone.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go; `sparsity` is the share in [0, 1) that does."""
+
+    sparsity: float
+
+    def __post_init__(self):
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float) or not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity!r}: must be a number in [0, 1); use 0.5 to remove half.")
+
+    def __str__(self) -> str:
+        return f"unstructured {self.sparsity:g}"
+
+    def kept(self, weights: int) -> int:
+        """How many of `weights` weights stay."""
+        return weights - round(self.sparsity * weights)
+
+
+@dataclass(frozen=True)
+class NM:
+    """`kept` of every `group` consecutive input columns of a row stay: "2:4" is NM(2, 4)."""
+
+    kept: int
+    group: int
+
+    def __post_init__(self):
+        if not 0 < self.kept < self.group:
+            raise ValueError(f"pattern '{self}': N:M keeps N of every M weights, so 0 < N < M must hold, as in '2:4'.")
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.group
+
+    def check_width(self, in_features: int) -> None:
+        """Raise ValueError unless every row of `in_features` columns splits into whole groups."""
+        if in_features % self.group:
+            raise ValueError(
+                f"pattern {self} needs a number of input columns that is a multiple of {self.group}, got {in_features}."
+            )
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
+    """`"2:4"` -> NM(2, 4); `"unstructured"` with a sparsity -> Unstructured(sparsity)."""
+    if text == "unstructured":
+        return Unstructured(0.5 if sparsity is None else sparsity)
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"pattern={text!r}: must be 'unstructured' or 'N:M' with N kept of every M, such as '2:4'.")
+    pattern = NM(int(match[1]), int(match[2]))
+    if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+        raise ValueError(
+            f"sparsity={sparsity!r} contradicts pattern='{pattern}', which removes {pattern.sparsity:g}: leave it out."
+        )
+    return pattern
+
+
+def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
+    """The `kept` highest scores of every row, exactly that many; ties go to the lower index.
+
+    Args:
+        score: [..., n], finite.
+        kept: one number for all rows, or an integer tensor [..., 1] with a number for each.
+
+    Returns:
+        bool [..., n].
+    """
+    n = score.shape[-1]
+    if isinstance(kept, int):
+        if kept == 0 or kept == n:
+            return torch.full(score.shape, kept == n, dtype=torch.bool, device=score.device)
+        if score.device.type == "cpu":  # quickselect: ten times faster than a sort here; on CUDA it is 30 times slower
+            threshold = score.kthvalue(n - kept + 1, dim=-1, keepdim=True).values
+        else:
+            threshold = score.sort(dim=-1, descending=True).values[..., kept - 1, None]
+    else:
+        ordered = score.sort(dim=-1, descending=True).values
+        threshold = ordered.gather(-1, (kept - 1).clamp(min=0)).masked_fill(kept == 0, torch.inf)
+    above = score > threshold
+    level = score == threshold
+    missing = kept - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1) <= missing))
+
+
+def keep_mask(score: Tensor, pattern: Pattern) -> Tensor:
+    """The mask that keeps the best scores under a pattern: compared over the whole matrix when unstructured.
+
+    Args:
+        score: [out, in], higher is better.
+
+    Returns:
+        bool [out, in].
+    """
+    if isinstance(pattern, NM):
+        pattern.check_width(score.shape[1])
+        return keep_top(score.reshape(-1, pattern.group), pattern.kept).reshape(score.shape)
+    return keep_top(score.reshape(1, -1), pattern.kept(score.numel())).reshape(score.shape)
+
+
+def violation(weight: Tensor, pattern: Pattern) -> str | None:
+    """What is wrong with `weight` [out, in] under `pattern`, or None: it may hold fewer non-zeros, never more."""
+    nonzero = weight != 0
+    if isinstance(pattern, NM):
+        most = int(nonzero.reshape(-1, pattern.group).sum(-1).max())
+        return None if most <= pattern.kept else f"a group of {pattern.group} weights has {most} non-zeros"
+    count, kept = int(nonzero.sum()), pattern.kept(weight.numel())
+    return None if count <= kept else f"{count} of its {weight.numel()} weights are not zero, {kept} may be"

@@ -1,0 +1,122 @@
+"""The disk format `bitmask`: kept values in column order, and one bit per weight that says where they belong.
+
+    dense row     [ .5   0   0  -2 | 0   1  .3   0 ]          2:4, bf16: 16 bytes
+    weight        [ .5  -2   1  .3 ]                          8 bytes
+    weight_mask   [ 0b01101001 ]                              1 byte; bit c % 8 of byte c // 8 is column c, 1 = kept
+
+    name         dtype          shape
+    weight       the model's    N:M: [out, in * N / M]; unstructured: [kept], row by row
+    weight_mask  uint8          [out, ceil(in / 8)], unused bits of the last byte are 0
+    weight_rows  int64          [out + 1], unstructured only: where each row begins in `weight`
+
+At 50 % in a 16-bit dtype every pattern takes 0.5625 of the dense bytes. Zeros that a pattern would allow to be
+non-zero are stored as kept values (lowest columns first), so a matrix has exactly one encoding and shapes follow from
+the pattern. The values keep the name `weight`, with another shape, on purpose: a reader that does not know the format
+fails on the shape; under any other name it would go on with random numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from ..core import NM, Pattern, Unstructured, keep_top, violation
+
+
+SUFFIXES = ("weight_rows", "weight_mask", "weight")
+
+
+def layout(shape: tuple[int, int], pattern: Pattern) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """{name: (shape, dtype)} of the tensors that hold a matrix of `shape` (out, in); dtype None is the model's own."""
+    out_features, in_features = shape
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+        "weight_mask": ((out_features, -(-in_features // 8)), torch.uint8)
+    }
+    if isinstance(pattern, Unstructured):
+        tensors["weight"] = ((pattern.kept(out_features * in_features),), None)
+        tensors["weight_rows"] = ((out_features + 1,), torch.int64)
+    else:
+        tensors["weight"] = ((out_features, in_features // pattern.group * pattern.kept), None)
+    return tensors
+
+
+def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
+    """A dense matrix [out, in] that follows `pattern`, compressed, on its own device.
+
+    Raises:
+        ValueError: the matrix has more non-zeros than the pattern allows.
+    """
+    problem = violation(weight, pattern)
+    if problem is not None:
+        raise ValueError(
+            f"cannot be stored as {pattern}: {problem}. Weights changed after pruning must be masked, or the model "
+            "pruned again."
+        )
+    nonzero = (weight != 0).to(torch.uint8)
+    if isinstance(pattern, NM):
+        keep = keep_top(nonzero.reshape(-1, pattern.group), pattern.kept).reshape(weight.shape)
+        values = weight[keep].reshape(len(weight), -1)
+        return {"weight": values, "weight_mask": pack_bits(keep)}
+    keep = keep_top(nonzero.reshape(1, -1), pattern.kept(weight.numel())).reshape(weight.shape)
+    rows = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
+    rows[1:] = keep.sum(1).cumsum(0)
+    return {"weight": weight[keep], "weight_mask": pack_bits(keep), "weight_rows": rows}
+
+
+def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
+    """The dense matrix [out, in], after `validate`."""
+    validate(tensors, shape, pattern)
+    return decode_valid(tensors, shape)
+
+
+def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """The dense matrix [out, in] of tensors that are known to be valid."""
+    values = tensors["weight"]
+    keep = unpack_bits(tensors["weight_mask"], shape[1])
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
+
+
+def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> None:
+    """Raise ValueError, saying what is wrong, unless `tensors` hold exactly one matrix of `shape` and `pattern`."""
+    wanted = layout(shape, pattern)
+    if set(tensors) != set(wanted):
+        missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+        raise ValueError(f"a {pattern} matrix is stored as {sorted(wanted)}: missing {missing}, unexpected {extra}.")
+    for name, (size, dtype) in wanted.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != size:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, a {pattern} matrix {list(shape)} has {list(size)}.")
+        if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {dtype or 'a floating-point type'}.")
+    mask, in_features = tensors["weight_mask"], shape[1]
+    keep = unpack_bits(mask, mask.shape[1] * 8)
+    if keep[:, in_features:].any():
+        raise ValueError(f"weight_mask has bits set beyond column {in_features}: the file is damaged.")
+    keep = keep[:, :in_features]
+    if isinstance(pattern, NM):
+        counts = keep.reshape(-1, pattern.group).sum(1)
+        if (counts != pattern.kept).any():
+            raise ValueError(
+                f"weight_mask keeps between {int(counts.min())} and {int(counts.max())} of {pattern.group} columns, "
+                f"must keep {pattern.kept}: the file is damaged or its pattern is not {pattern}."
+            )
+        return
+    rows = torch.zeros_like(tensors["weight_rows"])
+    rows[1:] = keep.sum(1).cumsum(0)
+    if not torch.equal(rows, tensors["weight_rows"]) or int(rows[-1]) != len(tensors["weight"]):
+        raise ValueError(
+            f"weight_mask keeps {int(rows[-1])} values, weight holds {len(tensors['weight'])}, and weight_rows must "
+            "count them row by row: the file is damaged."
+        )
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """bool [out, in] -> uint8 [out, ceil(in / 8)], little-endian bits."""
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (padded.reshape(len(keep), -1, 8) * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, columns: int) -> Tensor:
+    """uint8 [out, ceil(columns / 8)] -> bool [out, columns]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[..., None] >> shifts) & 1
+    return bits.reshape(len(packed), -1)[:, :columns].bool()

@@ -1,0 +1,283 @@
+"""Where a transformers model keeps its decoder blocks and linears, and what its blocks are called with."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from ..config import SparsityConfig, matches
+from ..core import NM
+from ..nn import SparseLinear
+from ..pipeline import Block, Calls, Linear
+from ..report import LayerReport
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means for a model: which matrices get which pattern, and why the others stay dense."""
+
+    blocks: list[Block]
+    skipped: list[LayerReport]
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """By the module's name in the model at hand."""
+        return {linear.name: linear for block in self.blocks for linear in block.linears}
+
+
+def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[str, nn.ModuleList]:
+    """(name, decoder blocks) of a model: the longest ModuleList of blocks under its decoder.
+
+    Raises:
+        ValueError: none is found, or `block_name` is not a ModuleList.
+    """
+    if block_name is not None:
+        try:
+            found = model.get_submodule(block_name)
+        except AttributeError:
+            prefix = f"{model.base_model_prefix}."
+            found = model.get_submodule(block_name.removeprefix(prefix)) if block_name.startswith(prefix) else None
+        if not isinstance(found, nn.ModuleList):
+            raise ValueError(f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}.")
+        return next(name for name, module in model.named_modules() if module is found), found
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    decoder = model if decoder is None else decoder
+    unsplit = set(model._no_split_modules or [])
+
+    def is_block(module: nn.Module) -> bool:
+        return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
+
+    candidates = [
+        module
+        for module in decoder.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(is_block(child) for child in module)
+    ]
+    if not candidates:
+        raise ValueError(
+            f"no decoder blocks were found in {type(model).__name__}: name their ModuleList, "
+            "SparsityConfig(block_name='model.layers')."
+        )
+    blocks = max(candidates, key=len)
+    return next(name for name, module in model.named_modules() if module is blocks), blocks
+
+
+def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = True) -> Plan:
+    """Decide for every matrix in the decoder blocks, before any work is done. Weights are not read (meta is fine).
+
+    Args:
+        strict: also refuse names in the config that match nothing, and matrices that cannot be pruned yet. Off when
+            an existing checkpoint is loaded.
+
+    Raises:
+        ValueError: naming the modules, and the option that leaves them dense.
+    """
+    prefix, modules = find_blocks(model, config.block_name)
+    full = full_name(model)
+    if strict:
+        _check_rules(model, config)
+    owners = Counter(id(child.weight) for module in modules for child in module.modules() if is_linear(child))
+    blocks, skipped, experts, widths = [], [], [], []
+    for number, module in enumerate(modules):
+        block = Block(f"{prefix}.{number}", module, [])
+        blocks.append(block)
+        for local, child in module.named_modules():
+            name = f"{block.name}.{local}" if local else block.name
+            reason = _not_a_linear(child)
+            if reason == "":
+                continue
+            shape = _shape(child)
+            if reason is None:
+                pattern = config.pattern_for(full(name))
+                if isinstance(pattern, str):
+                    reason = pattern
+                elif owners[id(child.weight)] > 1:
+                    reason = "its weight is shared with another layer"
+                elif isinstance(pattern, NM) and shape[1] % pattern.group:
+                    widths.append(f"{name} has {shape[1]}, pattern {pattern}")
+                else:
+                    block.linears.append(Linear(name, child, pattern, transposed=isinstance(child, Conv1D)))
+                    continue
+            elif len(shape) > 2 and not isinstance(child, nn.modules.conv._ConvNd):
+                pattern = config.pattern_for(full(name))
+                if isinstance(pattern, str):
+                    reason = pattern
+                else:
+                    experts.append(name)
+            skipped.append(LayerReport(name, shape, skipped=reason))
+    if strict and widths:
+        raise ValueError(
+            "N:M patterns need input widths that are multiples of M: "
+            + _some(widths)
+            + ". Choose another pattern for these layers, SparsityConfig(layers={name: ...}), or leave them dense, "
+            "ignore=[name]."
+        )
+    if strict and experts:
+        raise ValueError(
+            f"{len(experts)} modules hold fused experts, which cannot be pruned yet: {_some(experts)}. To prune the "
+            "rest and leave them dense, name them: SparsityConfig(ignore=['experts'])."
+        )
+    if strict and not any(block.linears for block in blocks):
+        raise ValueError("nothing to prune: targets, ignore and layers leave every linear of every block dense.")
+    return Plan(blocks, skipped)
+
+
+def full_name(model: PreTrainedModel) -> Callable[[str], str]:
+    """How a config calls a module of this model: a base model's "layers.0" is the full one's "model.layers.0"."""
+    root = f"{model.base_model_prefix}." if model.base_model is model and model.base_model_prefix else ""
+    return lambda name: root + name
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer that can be pruned. Subclasses (routers, adapters) have rules of their own."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _not_a_linear(module: nn.Module) -> str | None:
+    """None for a linear that can be pruned; "" for modules without matrices; else why it cannot."""
+    if is_linear(module):
+        return None
+    if not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        return ""
+    kind = type(module).__name__
+    if isinstance(module, SparseLinear):
+        return "already compressed"
+    if isinstance(module, nn.Linear):
+        return f"{kind}, a subclass of Linear with its own rules"
+    return f"{kind}, not a linear"
+
+
+def _shape(module: nn.Module) -> list[int]:
+    """[out, in] of a linear; the largest matrix of anything else."""
+    shape = max((parameter.shape for parameter in module.parameters(recurse=False)), key=lambda s: (len(s), s.numel()))
+    return list(reversed(shape)) if isinstance(module, Conv1D) else list(shape)
+
+
+def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
+    names = [full_name(model)(name) for name, _ in model.named_modules() if name]
+    for kind, rules in (("targets", config.targets or []), ("ignore", config.ignore), ("layers", list(config.layers))):
+        for rule in rules:
+            if not any(matches(rule, name) for name in names):
+                raise ValueError(
+                    f"{kind} names {rule!r}, which matches no module of {type(model).__name__}; its modules are called "
+                    f"like {names[-1]!r} and {names[len(names) // 2]!r}."
+                )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+class _Recorded(Exception):
+    """All blocks were called: the rest of the model is not needed."""
+
+
+@torch.no_grad()
+def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[dict[str, Tensor]]) -> Calls:
+    """What the model calls each of its blocks with on each batch, without running them.
+
+    Every block gets its own arguments: some models give each layer its own mask and position embeddings. Arguments
+    that are equal for two batches are kept once.
+    """
+    returns_tuple = _returns_tuple(model, blocks, batches[0])
+    hidden: list[Tensor] = []
+    arguments: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
+    keep: list[Tensor | None] = []
+    device = _input_device(model)
+
+    def recorder(index: int):
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                hidden.append(x)
+            previous = arguments[index][-1] if arguments[index] else None
+            other = arguments[index - 1][-1] if index else None
+            arguments[index].append(_shared((args[1:], kwargs), [previous, other]))
+            if index == len(blocks) - 1:
+                raise _Recorded
+            return (x,) + (None,) * (returns_tuple - 1) if returns_tuple else x
+
+        return forward
+
+    with _replaced_forwards(blocks, recorder):
+        for batch in tqdm(batches, desc="Recording", unit="batch", leave=False):
+            with contextlib.suppress(_Recorded):
+                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+            mask = batch.get("attention_mask")
+            keep.append(None if mask is None or bool(mask.all()) else mask.bool())
+    if not len(hidden) == len(batches) == len(arguments[-1]):
+        raise ValueError(
+            f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot be "
+            "run one at a time."
+        )
+    return Calls(hidden, arguments, keep)
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: next to the embeddings, or to the first device that computes if those are offloaded."""
+    device = next(model.get_input_embeddings().parameters()).device
+    return model.device if device.type == "meta" else device
+
+
+@contextlib.contextmanager
+def _replaced_forwards(blocks: nn.ModuleList, make: Any) -> Iterator[None]:
+    """Each block's forward is make(index); whatever was set on the instance before (accelerate hooks) comes back."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _returns_tuple(model: PreTrainedModel, blocks: nn.ModuleList, batch: dict[str, Tensor]) -> int:
+    """The length of the tuple that block 0 returns, 0 if it returns a tensor: found by running it on a few tokens."""
+    seen: list[Any] = []
+
+    def stop(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(output)
+        raise _Recorded
+
+    handle = blocks[0].register_forward_hook(stop)
+    try:
+        ids = batch["input_ids"][:1, :4].to(_input_device(model))
+        with contextlib.suppress(_Recorded):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    if not seen:
+        raise ValueError(f"{type(model).__name__} never called the first of its blocks.")
+    return len(seen[0]) if isinstance(seen[0], tuple) else 0
+
+
+def _shared(value: Any, known: list[Any]) -> Any:
+    """`value`, with every tensor that equals the one at the same place of a `known` value replaced by it."""
+    if isinstance(value, Tensor):
+        for other in known:
+            if other is value:
+                return value
+            if (
+                isinstance(other, Tensor)
+                and (other.shape, other.dtype, other.device) == (value.shape, value.dtype, value.device)
+                and torch.equal(other, value)
+            ):
+                return other
+        return value
+    if isinstance(value, tuple) and type(value) is tuple:
+        inner = [other for other in known if isinstance(other, tuple) and len(other) == len(value)]
+        return tuple(_shared(item, [other[i] for other in inner]) for i, item in enumerate(value))
+    if isinstance(value, dict):
+        inner = [other for other in known if isinstance(other, dict)]
+        return {key: _shared(item, [other[key] for other in inner if key in other]) for key, item in value.items()}
+    return value

@@ -1,0 +1,138 @@
+"""Prune a transformers model that is in memory (or offloaded): plan, calibrate, record, run the loop."""
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..calibration import calibration_batches
+from ..config import DENSE, SparsityConfig
+from ..core import Needs
+from ..methods import Method
+from ..nn import SparseLinear
+from ..pipeline import Calls, prune_blocks
+from ..report import PruningReport
+from .blocks import find_blocks, full_name, is_linear, make_plan, record_calls
+from .placement import onload
+
+
+def prune_model(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    *,
+    tokenizer: Any = None,
+    dataset: Any = None,
+    method: Method | None = None,
+) -> tuple[SparsityConfig, PruningReport]:
+    """Prune `model` in place.
+
+    Args:
+        dataset: in place of config.dataset; may also be a DataLoader.
+        method: in place of the one that config.method names.
+
+    Returns:
+        The config as it is to be stored (layers that could not be pruned are "dense" in it), and the report.
+    """
+    _check(model)
+    method = method or config.build_method()
+    plan = make_plan(model, config)
+    _, blocks = find_blocks(model, config.block_name)
+    seconds: dict[str, float] = {}
+    training = model.training
+    model.eval()
+    calls: Calls | None = None
+    if method.needs > Needs.NOTHING:
+        started = time.perf_counter()
+        batches = calibration_batches(
+            config.dataset if dataset is None else dataset,
+            tokenizer,
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            sample=lambda samples, tokens, seed: sample_text(model, samples, tokens, seed),
+        )
+        _check_tokens(model, batches)
+        calls = record_calls(model, blocks, batches)
+        seconds["calibration data"] = time.perf_counter() - started
+    started = time.perf_counter()
+    layers = prune_blocks(plan.blocks, calls, method, onload)
+    seconds["pruning"] = time.perf_counter() - started
+    model.train(training)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    report = PruningReport(sorted(layers + plan.skipped, key=lambda layer: order[layer.name]), seconds)
+    stored = copy.copy(config)
+    if dataset is not None:
+        stored.dataset = dataset
+    left_out = [layer.name for layer in report.skipped if is_linear(model.get_submodule(layer.name))]
+    stored.layers = config.layers | {
+        name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)
+    }
+    return stored, report
+
+
+@torch.no_grad()
+def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, batch_size: int = 32) -> Tensor:
+    """int64 [samples, tokens] that the model writes itself at temperature 1, from its beginning-of-text token on.
+
+    Models without one begin with random tokens. The model goes on after an end-of-text token, with a new document.
+    """
+    text = model.config.get_text_config(decoder=True)
+    begin = text.bos_token_id if isinstance(text.bos_token_id, int) else None
+    generator = torch.Generator().manual_seed(seed)
+    written = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in tqdm(range(0, samples, batch_size), desc="Sampling text", unit="batch", leave=False):
+            count = min(batch_size, samples - start)
+            first = torch.randint(text.vocab_size, (count, 1), generator=generator)
+            if begin is not None:
+                first = torch.full_like(first, begin)
+            written.append(
+                model.generate(
+                    first.to(model.device),
+                    attention_mask=torch.ones_like(first).to(model.device),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
+                    min_new_tokens=None,
+                    max_new_tokens=tokens - 1,
+                    eos_token_id=-1,  # never ends
+                    pad_token_id=0,
+                ).cpu()
+            )
+    return torch.cat(written)
+
+
+def _check(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"a transformers PreTrainedModel is pruned, got {type(model).__name__}.")
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise ValueError("the model holds compressed weights: load it without run_compressed=True to prune it again.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = None if quantizer is None else quantizer.quantization_config.quant_method
+    if method not in (None, "sparsity"):
+        raise ValueError(
+            f"the model is quantized ({getattr(method, 'value', method)}), and transformers holds one quantizer per "
+            "model: prune the original weights, or call model.dequantize() first."
+        )
+
+
+def _check_tokens(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+    """Token ids of another tokenizer fail here, and not as an index error in the embedding."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    low = min(int(batch["input_ids"].min()) for batch in batches)
+    high = max(int(batch["input_ids"].max()) for batch in batches)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token ids go from {low} to {high}; the model has {vocabulary}: use the model's own tokenizer.")
+    text = model.config.get_text_config(decoder=True)
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(f"sequences of {longest} tokens; the model takes {limit}: sequence_length={limit} or less.")

@@ -1,0 +1,222 @@
+"""The plug into transformers' loading and saving: prune on load, load dense or compressed, save compressed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from ..config import SparsityConfig
+from ..formats import FORMATS, bitmask
+from ..nn import SparseLinear
+from ..pipeline import Linear
+from ..report import PruningReport
+from .blocks import is_linear, make_plan
+from .checkpoint import read_report
+from .placement import offloaded_weight
+from .prune import prune_model
+
+
+class SparsityQuantizer(HfQuantizer):
+    """What transformers calls a quantizer: owns a model's sparsity config and report.
+
+    `pre_quantized` (transformers' word) means that the checkpoint is already sparse; otherwise it is pruned as soon as
+    its weights are loaded.
+    """
+
+    quantization_config: SparsityConfig
+
+    def __init__(self, quantization_config: SparsityConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.report: PruningReport | None = None
+        self._compressed: dict[str, Linear] = {}  # of the skeleton that is being loaded
+        if not self.pre_quantized and getattr(quantization_config, "only_for_loading", False):
+            raise ValueError(
+                "run_compressed was given, but this checkpoint is dense: prune it, with sparsity_config=SparsityConfig(...)."
+            )
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel, config: SparsityConfig, report: PruningReport | None) -> None:
+        """Make `model`, which follows `config`, save itself compressed."""
+        quantizer = cls(config)
+        quantizer.report = report
+        model.hf_quantizer = quantizer
+        quantizer._mark(model)
+
+    # ---- loading
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        if checkpoint_files:
+            self.report = read_report(Path(checkpoint_files[0]).parent)
+        self._compressed = make_plan(model, self.quantization_config, strict=False).linears
+        if self.quantization_config.run_compressed:
+            for name, linear in self._compressed.items():
+                module, (out_features, in_features) = linear.module, linear.shape
+                sparse = SparseLinear(
+                    in_features, out_features, module.bias is not None, linear.pattern, module.weight.dtype, "meta"
+                )
+                sparse.transposed = linear.transposed
+                model.set_submodule(name, sparse)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized or self.quantization_config.run_compressed:
+            return []
+        return [WeightConverter(list(bitmask.SUFFIXES), "weight", [Decompress(self._compressed)])]
+
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+        return weight_conversions + self.get_weight_conversions()
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            tokenizer = None
+            if isinstance(config.dataset, str | list) and config.dataset != "self":
+                tokenizer = load_tokenizer(model)
+            run_compressed = config.run_compressed
+            config, self.report = prune_model(model, config, tokenizer=tokenizer)
+            self.quantization_config, self.pre_quantized = config, True
+            if run_compressed:
+                compress(model, config)
+        elif config.run_compressed:
+            for name in self._compressed:
+                module = model.get_submodule(name)
+                try:
+                    module.validate()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        # Saving compresses the state dict itself: our converter must not be reversed on top of that.
+        model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
+        self._compressed = {}
+        self._mark(model)
+
+    def _mark(self, model: PreTrainedModel) -> None:
+        model.config.quantization_config = self.quantization_config
+        model.quantization_method = self.quantization_config.quant_method
+        # Weights in place are ordinary floats: .half(), .to(dtype) and training work, which transformers forbids to
+        # models it takes for quantized.
+        model.is_quantized = any(isinstance(module, SparseLinear) for module in model.modules())
+        if not model.is_quantized and hasattr(model.config, "_is_quantized"):
+            del model.config._is_quantized
+
+    # ---- saving
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict as it is stored: every pruned weight compressed, on the CPU."""
+        config = self.quantization_config
+        codec = FORMATS[config.format]
+        linears = make_plan(model, config, strict=False).linears
+        state = model.state_dict()
+        for name, linear in linears.items():
+            weight = state.pop(f"{name}.weight")
+            weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
+            try:
+                tensors = codec.encode(weight.T if linear.transposed else weight, linear.pattern)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from error
+            state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
+        return state, {"format": "pt"}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Weights of ordinary linears, zeros in place."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SparseLinear):
+                model.set_submodule(name, _dense_module(module))
+        return model
+
+
+class Decompress(ConversionOps):
+    """The stored tensors of one module to its weight; weights that the config leaves dense pass through."""
+
+    def __init__(self, compressed: dict[str, Linear]):
+        self.compressed = compressed
+
+    def __deepcopy__(self, memo: dict) -> "Decompress":
+        return self  # transformers copies converters for each parameter
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        name = full_layer_name.removesuffix(".weight")
+        linear = self.compressed.get(name)
+        if linear is None:
+            if set(tensors) != {"weight"}:
+                raise ValueError(
+                    f"{name} is dense by the checkpoint's config, but the file has {sorted(tensors)} for it."
+                )
+            return tensors
+        try:
+            weight = bitmask.decode(tensors, linear.shape, linear.pattern)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        weight = weight.T.contiguous() if linear.transposed else weight
+        return {"weight": weight.to(linear.module.weight.dtype)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(operation, Decompress) for operation in getattr(conversion, "operations", ()))
+
+
+def compress(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Replace every pruned linear by a SparseLinear, one at a time."""
+    for name, linear in make_plan(model, config, strict=False).linears.items():
+        weight = linear.module.weight.detach()
+        sparse = SparseLinear.from_dense(
+            weight.T if linear.transposed else weight, linear.module.bias, linear.pattern
+        )
+        sparse.transposed = linear.transposed
+        model.set_submodule(name, sparse)
+
+
+def load_tokenizer(model: PreTrainedModel, **kwargs: Any) -> Any:
+    """The tokenizer beside the model's weights, or None if there is none."""
+    source = model.config.name_or_path
+    if not source:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+    except (OSError, ValueError):
+        return None
+
+
+def _dense_module(sparse: SparseLinear) -> nn.Module:
+    """nn.Linear, or the Conv1D that was there, with the expanded weight."""
+    weight = sparse.to_dense()
+    if sparse.transposed:
+        module: nn.Module = Conv1D(sparse.out_features, sparse.in_features)
+        module.weight = nn.Parameter(weight.T.contiguous())
+    else:
+        module = nn.Linear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")
+        module.weight = nn.Parameter(weight)
+    module.bias = sparse.bias
+    return module

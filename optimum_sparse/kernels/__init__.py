@@ -1,0 +1,1 @@
+"""The only room that asks what a device can do."""

@@ -1,0 +1,88 @@
+"""What pruning did to every layer, and what it left alone and why."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerReport:
+    """One matrix.
+
+    Attributes:
+        name: the module's full name.
+        shape: [out, in].
+        pattern: what was asked for; None if it stayed dense.
+        sparsity: share of exact zeros now.
+        error: mean |dense output - pruned output|^2 / mean |dense output|^2 over the calibration tokens, from the
+            statistics that the method collects: exact for SparseGPT; for Wanda, which sees only the inputs' norms,
+            with input columns taken as uncorrelated; None for magnitude, which sees no data.
+        seconds: for solving this layer, statistics not included.
+        skipped: why it stayed dense.
+    """
+
+    name: str
+    shape: list[int]
+    pattern: str | None = None
+    sparsity: float = 0.0
+    error: float | None = None
+    seconds: float = 0.0
+    skipped: str | None = None
+
+
+@dataclass
+class PruningReport:
+    """All matrices of the decoder blocks, in the order of the model, and the phases of the run in seconds."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.skipped is None]
+
+    @property
+    def skipped(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.skipped is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "PruningReport":
+        return cls([LayerReport(**layer) for layer in content["layers"]], dict(content["seconds"]))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def __str__(self) -> str:
+        """A short table: layers of the same kind in one line, whatever was left dense by name and reason."""
+        groups: dict[tuple, list[LayerReport]] = {}
+        for layer in self.pruned:
+            kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            groups.setdefault((kind, tuple(layer.shape), layer.pattern), []).append(layer)
+        rows = [("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")]
+        for (kind, shape, pattern), members in groups.items():
+            errors = [layer.error for layer in members if layer.error is not None]
+            rows.append(
+                (
+                    kind,
+                    str(len(members)),
+                    "x".join(map(str, shape)),
+                    str(pattern),
+                    f"{sum(layer.sparsity for layer in members) / len(members):.4f}",
+                    f"{sum(errors) / len(errors):.4f}" if errors else "-",
+                    f"{max(errors):.4f}" if errors else "-",
+                    f"{sum(layer.seconds for layer in members):.1f}",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        reasons: dict[str, list[str]] = {}
+        for layer in self.skipped:
+            reasons.setdefault(str(layer.skipped), []).append(layer.name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left dense, {reason}: {', '.join(names[:3])}{more}")
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
+        return "\n".join(lines + ([phases] if phases else []))
