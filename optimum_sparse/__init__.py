@@ -8,15 +8,16 @@ from .config import SparsityConfig
 from .hf.integration import SparseModelForCausalLM, install, uninstall
 from .pruner import Pruner
 from .report import LayerReport, PruningReport
+from .version import __version__
 
 
-__version__ = "0.1.0.dev0"
 __all__ = [
     "LayerReport",
     "Pruner",
     "PruningReport",
     "SparseModelForCausalLM",
     "SparsityConfig",
+    "__version__",
     "install",
     "uninstall",
 ]

@@ -1,4 +1,4 @@
-"""Text to token batches: documents are packed end to end, cut into full windows, never padded. Everything is seeded."""
+"""Text to token batches: documents packed end to end and cut into full windows, never padded, always seeded."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ HUB_NAMES: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
     ),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
 }
-READERS = {".txt": "text", ".raw": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 Tokenizer = Any  # a transformers tokenizer; this room does not import transformers
 
@@ -75,10 +75,18 @@ def load_documents(dataset: str | list[str], split: str, seed: int | None = None
     if path.suffix == ".txt" and path.is_file():  # one document
         yield path.read_text(encoding="utf-8")
         return
+    if path.suffix == ".raw" and path.is_file():  # WikiText's own files: a row per line; the hub has "" for blank ones
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            yield from (line if line.strip() else "" for line in lines)
+        return
     for row in _open_dataset(dataset, split, seed):
-        texts = [value for key, value in row.items() if key == "text"] or [v for v in row.values() if isinstance(v, str)]
+        texts = [value for key, value in row.items() if key == "text"] or [
+            v for v in row.values() if isinstance(v, str)
+        ]
         if len(texts) != 1 or not isinstance(texts[0], str):
-            raise ValueError(f"{dataset}: needs a column 'text', or exactly one column of strings; it has {list(row)}.")
+            raise ValueError(
+                f"{dataset}: needs a column 'text', or exactly one column of strings; it has {list(row)}."
+            )
         if texts[0].strip() or seed is None:
             yield texts[0]
 
@@ -88,16 +96,15 @@ def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[s
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"reading {dataset!r} needs the package `datasets`: pip install 'optimum-sparse[datasets]'. Without it, use "
-            "a .txt file, a list of texts, token ids, or dataset='self'."
+            f"reading {dataset!r} needs the package `datasets`: pip install 'optimum-sparse[datasets]'. Without it, "
+            "use a .txt file, a list of texts, token ids, or dataset='self'."
         ) from error
     path = Path(dataset)
     kind = next((kind for suffix, kind in READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
     if kind is not None:
         if not path.is_file():
             raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
-        keep = {"keep_linebreaks": True} if kind == "text" else {}
-        rows = load_dataset(kind, data_files={"all": str(path)}, split="all", **keep)
+        rows = load_dataset(kind, data_files=str(path), split="train")
         return rows if seed is None else rows.shuffle(seed=seed)
     if path.exists():
         raise ValueError(f"dataset={dataset!r}: must be a .txt, .jsonl or .parquet file.")
@@ -117,7 +124,7 @@ def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[s
 def pack(
     documents: Iterable[str], tokenizer: Tokenizer, num_samples: int, sequence_length: int, source: str
 ) -> Tensor:
-    """int64 [num_samples, sequence_length]: documents end to end, an end-of-text token after each, cut into windows."""
+    """int64 [num_samples, sequence_length]: documents end to end, an end-of-text token after each."""
     needed = num_samples * sequence_length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []

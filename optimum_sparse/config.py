@@ -68,10 +68,10 @@ class SparsityConfig(QuantizationConfigMixin):
     block_name: str | None = None
     format: str = "bitmask"
     run_compressed: bool = False
-    quant_method: str = QUANT_METHOD
+    quant_method: Any = QUANT_METHOD  # transformers lists its own in an enum
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("format", self.format, FORMATS)
         _one_of("quant_method", self.quant_method, [QUANT_METHOD])
@@ -94,7 +94,9 @@ class SparsityConfig(QuantizationConfigMixin):
         for name in ("targets", "ignore"):
             _names(name, getattr(self, name), optional=name == "targets")
         if not isinstance(self.layers, dict):
-            raise ValueError(f"layers={self.layers!r}: must be a dict such as {{'down_proj': '4:8', 'model.layers.0': 'dense'}}.")
+            raise ValueError(
+                f"layers={self.layers!r}: must be a dict such as {{'down_proj': '4:8', 'model.layers.0': 'dense'}}."
+            )
         _names("layers", list(self.layers), optional=False)
         for name, value in self.layers.items():
             try:
@@ -104,7 +106,7 @@ class SparsityConfig(QuantizationConfigMixin):
         _check_dataset(self.dataset)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The inverse of `to_dict`. Raises ValueError for keys that do not exist."""
         known = [f.name for f in fields(cls)]
         for key in config_dict:
@@ -142,7 +144,9 @@ class SparsityConfig(QuantizationConfigMixin):
             if pattern is None:
                 return f"dense by layers[{rule!r}]"
         if len(set(found.values())) > 1:
-            raise ValueError(f"layers gives {name} different patterns, by {sorted(found)}: make one name more specific.")
+            raise ValueError(
+                f"layers gives {name} different patterns, by {sorted(found)}: make one name more specific."
+            )
         if found:
             return next(pattern for pattern in found.values() if pattern is not None)
         return parse_pattern(self.pattern, self.sparsity)
@@ -180,10 +184,12 @@ def _check_dataset(dataset: Any) -> None:
     if isinstance(dataset, torch.Tensor):
         if dataset.dim() == 2 and dataset.numel() and not dataset.is_floating_point():
             return
-        raise ValueError(f"dataset: token ids must be an integer tensor [samples, tokens], got {list(dataset.shape)} {dataset.dtype}.")
+        raise ValueError(
+            f"dataset: token ids must be integers [samples, tokens], got {list(dataset.shape)} {dataset.dtype}."
+        )
     raise ValueError(
-        f"dataset of type {type(dataset).__name__}: must be {allowed}. A DataLoader or other iterable of batches goes to "
-        "`Pruner.prune(config, dataset=loader)`, since a config is copied and stored."
+        f"dataset of type {type(dataset).__name__}: must be {allowed}. A DataLoader or other iterable of batches goes "
+        "to `Pruner.prune(config, dataset=loader)`, since a config is copied and stored."
     )
 
 

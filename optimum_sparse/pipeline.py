@@ -27,7 +27,7 @@ class Linear:
     """One matrix to prune: a module whose `weight` is [out, in], or [in, out] if `transposed` (Conv1D)."""
 
     name: str
-    module: nn.Module
+    module: Any  # nn.Linear or Conv1D
     pattern: Pattern
     transposed: bool = False
 
@@ -154,7 +154,7 @@ def _collect(block: Block, index: int, calls: Calls, needs: Needs) -> dict[str, 
     inputs: dict[str, tuple[Tensor, int]] = {}  # of the forward pass that is running
     keep: Tensor | None = None
 
-    def hook(linear: Linear):
+    def hook(linear: Linear) -> Callable:
         def record(module: nn.Module, args: tuple) -> None:
             x = args[0]
             same = next((name for name, (y, version) in inputs.items() if y is x and version == x._version), None)
@@ -195,4 +195,3 @@ def _real_tokens(x: Tensor, keep: Tensor | None, name: str) -> Tensor:
             "calibrate with sequences of equal length and no padding."
         )
     return rows[keep.reshape(-1).to(rows.device)]
-

@@ -29,7 +29,9 @@ class Pruner:
         self.report: PruningReport | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **kwargs: Any) -> "Pruner":
+    def from_pretrained(
+        cls, model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **kwargs: Any
+    ) -> "Pruner":
         """From a model in memory, or from an id or path, which is loaded as AutoModelForCausalLM with `kwargs`.
 
         Args:
@@ -55,9 +57,7 @@ class Pruner:
         """
         if not isinstance(config, SparsityConfig):
             raise TypeError(f"config must be a SparsityConfig, got {type(config).__name__}.")
-        stored, self.report = prune_model(
-            self.model, config, tokenizer=self.tokenizer, dataset=dataset, method=method
-        )
+        stored, self.report = prune_model(self.model, config, tokenizer=self.tokenizer, dataset=dataset, method=method)
         SparsityQuantizer.attach(self.model, stored, self.report)
         return self.model
 

@@ -77,7 +77,9 @@ class PruningReport:
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         reasons: dict[str, list[str]] = {}
         for layer in self.skipped:
             reasons.setdefault(str(layer.skipped), []).append(layer.name)

@@ -18,7 +18,7 @@ class Unstructured:
 
     sparsity: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float) or not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity!r}: must be a number in [0, 1); use 0.5 to remove half.")
 
@@ -37,7 +37,7 @@ class NM:
     kept: int
     group: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.kept < self.group:
             raise ValueError(f"pattern '{self}': N:M keeps N of every M weights, so 0 < N < M must hold, as in '2:4'.")
 
@@ -52,7 +52,7 @@ class NM:
         """Raise ValueError unless every row of `in_features` columns splits into whole groups."""
         if in_features % self.group:
             raise ValueError(
-                f"pattern {self} needs a number of input columns that is a multiple of {self.group}, got {in_features}."
+                f"pattern {self} needs a number of input columns that {self.group} divides, got {in_features}."
             )
 
 

@@ -83,7 +83,9 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
     for name, (size, dtype) in wanted.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != size:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, a {pattern} matrix {list(shape)} has {list(size)}.")
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, a {pattern} matrix {list(shape)} has {list(size)}."
+            )
         if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be {dtype or 'a floating-point type'}.")
     mask, in_features = tensors["weight_mask"], shape[1]

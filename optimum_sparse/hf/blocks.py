@@ -41,7 +41,7 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
     """
     if block_name is not None:
         try:
-            found = model.get_submodule(block_name)
+            found: nn.Module | None = model.get_submodule(block_name)
         except AttributeError:
             prefix = f"{model.base_model_prefix}."
             found = model.get_submodule(block_name.removeprefix(prefix)) if block_name.startswith(prefix) else None
@@ -166,8 +166,8 @@ def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
         for rule in rules:
             if not any(matches(rule, name) for name in names):
                 raise ValueError(
-                    f"{kind} names {rule!r}, which matches no module of {type(model).__name__}; its modules are called "
-                    f"like {names[-1]!r} and {names[len(names) // 2]!r}."
+                    f"{kind} names {rule!r}, which matches no module of {type(model).__name__}; its modules are "
+                    f"called like {names[-1]!r} and {names[len(names) // 2]!r}."
                 )
 
 
@@ -192,7 +192,7 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
     keep: list[Tensor | None] = []
     device = _input_device(model)
 
-    def recorder(index: int):
+    def recorder(index: int) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
@@ -214,8 +214,8 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
             keep.append(None if mask is None or bool(mask.all()) else mask.bool())
     if not len(hidden) == len(batches) == len(arguments[-1]):
         raise ValueError(
-            f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot be "
-            "run one at a time."
+            f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot "
+            "be run one at a time."
         )
     return Calls(hidden, arguments, keep)
 
@@ -278,6 +278,8 @@ def _shared(value: Any, known: list[Any]) -> Any:
         inner = [other for other in known if isinstance(other, tuple) and len(other) == len(value)]
         return tuple(_shared(item, [other[i] for other in inner]) for i, item in enumerate(value))
     if isinstance(value, dict):
-        inner = [other for other in known if isinstance(other, dict)]
-        return {key: _shared(item, [other[key] for other in inner if key in other]) for key, item in value.items()}
+        return {
+            key: _shared(item, [other[key] for other in known if isinstance(other, dict) and key in other])
+            for key, item in value.items()
+        }
     return value

@@ -60,11 +60,13 @@ def check_output(output: str | os.PathLike) -> None:
     """Raise FileExistsError unless `output` can become a new checkpoint; to be called before any work is done."""
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"output {str(target)!r} exists and is not an empty folder: choose another, or remove it.")
+        raise FileExistsError(
+            f"output {str(target)!r} exists and is not an empty folder: choose another, or remove it."
+        )
 
 
 def export_dense(source: str, output: str | os.PathLike) -> None:
-    """Write a sparse checkpoint as an ordinary dense one, zeros in place, which loads anywhere without this package."""
+    """Write a sparse checkpoint as an ordinary dense one, zeros in place, which loads without this package."""
     config = AutoConfig.from_pretrained(source)
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:

@@ -92,11 +92,19 @@ def _taking_sparsity(original: Callable) -> Callable:
 def _saving_report(original: Callable) -> Callable:
     @functools.wraps(original)
     def save_pretrained(
-        self: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+        self: PreTrainedModel,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         result = original(self, save_directory, is_main_process, *args, **kwargs)
         report = getattr(getattr(self, "hf_quantizer", None), "report", None)
-        if is_main_process and isinstance(getattr(self, "hf_quantizer", None), SparsityQuantizer) and report is not None:
+        if (
+            is_main_process
+            and isinstance(getattr(self, "hf_quantizer", None), SparsityQuantizer)
+            and report is not None
+        ):
             write_report(save_directory, report)
         return result
 

@@ -1,7 +1,8 @@
 """Offloaded models: bring one block's weights to the device that computes it, and keep what was written to them."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -41,7 +42,7 @@ def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     return None
 
 
-def _store(weights: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+def _store(weights: Any, name: str, tensor: Tensor) -> None:
     """Make weights[name] read as `tensor` from now on."""
     if isinstance(weights, PrefixedDataset):
         return _store(weights.dataset, weights.prefix + name, tensor)

@@ -126,11 +126,13 @@ def _check(model: PreTrainedModel) -> None:
 
 def _check_tokens(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
     """Token ids of another tokenizer fail here, and not as an index error in the embedding."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     low = min(int(batch["input_ids"].min()) for batch in batches)
     high = max(int(batch["input_ids"].max()) for batch in batches)
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"token ids go from {low} to {high}; the model has {vocabulary}: use the model's own tokenizer.")
+        raise ValueError(
+            f"token ids go from {low} to {high}; the model has {vocabulary}: use the model's own tokenizer."
+        )
     text = model.config.get_text_config(decoder=True)
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     limit = getattr(text, "max_position_embeddings", None)

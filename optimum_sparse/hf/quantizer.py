@@ -15,7 +15,7 @@ from ..formats import FORMATS, bitmask
 from ..nn import SparseLinear
 from ..pipeline import Linear
 from ..report import PruningReport
-from .blocks import is_linear, make_plan
+from .blocks import make_plan
 from .checkpoint import read_report
 from .placement import offloaded_weight
 from .prune import prune_model
@@ -36,7 +36,7 @@ class SparsityQuantizer(HfQuantizer):
         self._compressed: dict[str, Linear] = {}  # of the skeleton that is being loaded
         if not self.pre_quantized and getattr(quantization_config, "only_for_loading", False):
             raise ValueError(
-                "run_compressed was given, but this checkpoint is dense: prune it, with sparsity_config=SparsityConfig(...)."
+                "run_compressed was given, but this checkpoint is dense: prune it, with sparsity_config=."
             )
 
     @classmethod
@@ -119,7 +119,9 @@ class SparsityQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel, *args: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict as it is stored: every pruned weight compressed, on the CPU."""
         config = self.quantization_config
         codec = FORMATS[config.format]
@@ -191,9 +193,7 @@ def compress(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Replace every pruned linear by a SparseLinear, one at a time."""
     for name, linear in make_plan(model, config, strict=False).linears.items():
         weight = linear.module.weight.detach()
-        sparse = SparseLinear.from_dense(
-            weight.T if linear.transposed else weight, linear.module.bias, linear.pattern
-        )
+        sparse = SparseLinear.from_dense(weight.T if linear.transposed else weight, linear.module.bias, linear.pattern)
         sparse.transposed = linear.transposed
         model.set_submodule(name, sparse)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ def onednn_fp32() -> Iterator[None]:
     CPU offers, so the products stay fp32 (error against float64 2.5e-7 in both) and run 1.5 to 2 times faster on AMD,
     where MKL does not use AVX-512.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:

@@ -6,6 +6,6 @@ from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
 
-METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+METHODS: dict[str, type] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 
 __all__ = ["METHODS", "Magnitude", "Method", "SparseGPT", "Wanda"]

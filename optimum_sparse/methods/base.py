@@ -1,10 +1,10 @@
 """What a pruning method is."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..core import InputStats, Needs, Pattern, Solved
+from ..core import Needs, Pattern, Solved
 
 
 class Method(Protocol):
@@ -18,6 +18,9 @@ class Method(Protocol):
         """What `solve` reads from its statistics."""
         ...
 
-    def solve(self, weight: Tensor, stats: InputStats | None, pattern: Pattern) -> Solved:
-        """Prune weight, fp32 [out, in]; `stats` is None when the method needs nothing. Inputs are not modified."""
+    def solve(self, weight: Tensor, stats: Any, pattern: Pattern) -> Solved:
+        """Prune weight, fp32 [out, in], and modify neither argument.
+
+        `stats` is an InputStats of at least `needs`, or None if that is Needs.NOTHING.
+        """
         ...

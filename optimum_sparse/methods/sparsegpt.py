@@ -1,4 +1,4 @@
-"""SparseGPT: choose the mask and update the kept weights column by column. Frantar and Alistarh 2023, arXiv 2301.00774."""
+"""SparseGPT: mask and update of the kept weights, column by column. Frantar and Alistarh 2023, arXiv 2301.00774."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,11 @@ class SparseGPT:
             pattern.check_width(weight.shape[1])
             block = max(self.block_size // pattern.group, 1) * pattern.group
             return column_sweep(
-                weight, factor, lambda score, _: keep_top(score, pattern.kept), decide_every=pattern.group, block_size=block
+                weight,
+                factor,
+                lambda score, _: keep_top(score, pattern.kept),
+                decide_every=pattern.group,
+                block_size=block,
             )
 
         def choose(score: Tensor, first: int) -> Tensor:

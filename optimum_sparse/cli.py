@@ -1,0 +1,202 @@
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .config import SparsityConfig
+from .evaluation import perplexity
+from .hf.checkpoint import check_output, export_dense, inspect
+from .methods import METHODS
+from .pruner import Pruner
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
+    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export}", required=True)
+    _add_prune(commands)
+    _add_eval(commands)
+    _add_info(commands)
+    _add_export(commands)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m optimum_sparse", description=(__doc__ or "").splitlines()[0])
+    add_commands(parser)
+    args = parser.parse_args(arguments)
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen command. What the user can mend is printed as one line, without a traceback."""
+    try:
+        args.run_sparse(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  optimum-cli sparse {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 [auto]")
+    group.add_argument("--device-map", help="auto, cpu, cuda, ...: where accelerate puts the model [cpu]")
+    group.add_argument("--trust-remote-code", action="store_true", help="run model code that comes from the hub")
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": args.dtype, "device_map": args.device_map, "trust_remote_code": args.trust_remote_code}
+
+
+def _add_prune(commands: Any) -> None:
+    defaults = {field.name: field.default for field in fields(SparsityConfig)}
+    parser = _command(
+        commands,
+        "prune",
+        "Prune a causal language model and save it compressed, with its tokenizer and a report.",
+        "org/model --pattern 2:4 --dataset c4 --output model-2of4",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file [50GB]")
+    recipe = parser.add_argument_group("recipe", "everything that is not given takes SparsityConfig's default")
+    recipe.add_argument("--config", help="a JSON file with the fields of SparsityConfig; options given here win")
+    recipe.add_argument("--method", choices=sorted(METHODS), help=f"[{defaults['method']}]")
+    recipe.add_argument(
+        "--pattern", help=f"2:4, 4:8, 16:32, any N:M (N kept of M), or unstructured [{defaults['pattern']}]"
+    )
+    recipe.add_argument("--sparsity", type=float, help="share to remove when unstructured [0.5]")
+    recipe.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="prune only linears that match: q_proj, mlp, 're:...'"
+    )
+    recipe.add_argument("--ignore", nargs="+", metavar="NAME", help="leave these dense")
+    recipe.add_argument(
+        "--layer",
+        dest="layers",
+        action="append",
+        metavar="NAME=VALUE",
+        help="another pattern, sparsity, or 'dense' for some layers: down_proj=4:8; can be given again",
+    )
+    recipe.add_argument("--damping", type=float, help=f"SparseGPT [{defaults['damping']}]")
+    recipe.add_argument("--block-size", type=int, help=f"SparseGPT [{defaults['block_size']}]")
+    recipe.add_argument("--block-name", help="where the decoder blocks are, if they are not found: model.layers")
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--dataset",
+        help="c4, wikitext2, org/name[:subset] on the hub, a .txt/.jsonl/.parquet file, or 'self': text that the "
+        f"model samples itself, which needs no data [{defaults['dataset']}]",
+    )
+    for name in ("num_samples", "sequence_length", "batch_size", "seed"):
+        data.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"[{defaults[name]}]")
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_prune)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    options = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
+    for field in fields(SparsityConfig):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            options[field.name] = value
+    if args.layers:
+        options["layers"] = dict(_override(text) for text in args.layers)
+    if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
+        options.pop("sparsity", None)  # a file's sparsity belongs to the file's pattern
+    config = SparsityConfig.from_dict(options)
+    check_output(args.output)
+    pruner = Pruner.from_pretrained(args.model, **_loading(args))
+    pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
+    print(pruner.report)
+    print(inspect(args.output))
+
+
+def _override(text: str) -> tuple[str, str | float]:
+    name, separator, value = text.rpartition("=")
+    if not separator:
+        raise ValueError(f"--layer {text!r}: must be NAME=VALUE, such as down_proj=4:8 or model.layers.0=dense.")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "eval",
+        "Measure the perplexity of a model, dense or sparse.",
+        "model-2of4 --dataset wikitext2",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--dataset", default="wikitext2", help="wikitext2 (hub), another hub name, or a local file")
+    parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
+    parser.add_argument("--max-windows", type=int, help="only the first ones")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows per forward pass [1]")
+    parser.add_argument("--run-compressed", action="store_true", help="keep the weights compressed in memory")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_eval)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    compressed = {"run_compressed": True} if args.run_compressed else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args), **compressed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    result = perplexity(
+        model,
+        tokenizer,
+        args.dataset,
+        window=args.window,
+        max_windows=args.max_windows,
+        batch_size=args.batch_size,
+    )
+    print(json.dumps(result.to_dict()) if args.json else f"perplexity {result}, {result.seconds:.1f} s")
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "info",
+        "Say what a sparse checkpoint on disk holds, from its headers alone, and check every shape.",
+        "model-2of4",
+    )
+    parser.add_argument("model", help="a folder")
+    parser.add_argument("--layers", action="store_true", help="also list every compressed matrix")
+    parser.set_defaults(run_sparse=_info)
+
+
+def _info(args: argparse.Namespace) -> None:
+    info = inspect(args.model)
+    if args.layers:
+        for name, (pattern, shape, stored, dense) in info.matrices.items():
+            print(f"{name}  {shape[0]}x{shape[1]}  {pattern}  {stored:,} of {dense:,} bytes ({stored / dense:.4f})")
+    print(info)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "Write a sparse checkpoint as an ordinary dense one, zeros in place, that loads anywhere (vLLM, plain "
+        "transformers) without this package.",
+        "model-2of4 --output model-dense",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
+    parser.set_defaults(run_sparse=lambda args: export_dense(args.model, args.output))

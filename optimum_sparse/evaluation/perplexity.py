@@ -1,0 +1,95 @@
+"""Perplexity: exp of the mean negative log-likelihood per token, over non-overlapping windows of a text."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..calibration import load_documents
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A measurement.
+
+    Attributes:
+        perplexity: exp(mean negative log-likelihood per predicted token).
+        standard_error: of `perplexity`, from the spread between windows; nan for a single one.
+        windows, window: how many windows of how many tokens. The first token of a window is not predicted.
+        seconds: for the forward passes.
+    """
+
+    perplexity: float
+    standard_error: float
+    windows: int
+    window: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.perplexity:.2f} +- {self.standard_error:.2f} ({self.windows} windows of {self.window} tokens)"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    dataset: str | list[str] | Tensor = "wikitext2",
+    *,
+    window: int = 2048,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+) -> Perplexity:
+    """Perplexity of a causal language model on a text, as the pruning literature measures it.
+
+    Args:
+        dataset: "wikitext2" (its test split, from the hub), another hub name, a local .txt or .jsonl file, WikiText's
+            own wiki.test.raw, a list of texts, or token ids [windows, tokens]. Texts are joined by blank lines.
+        window: tokens per window; what is left at the end is not used. Ignored for token ids.
+        max_windows: only the first ones.
+
+    Raises:
+        ValueError: the text is shorter than one window, saying how long it is.
+    """
+    if isinstance(dataset, Tensor):
+        ids = dataset.long()
+    else:
+        text = "\n\n".join(load_documents(dataset, "test"))
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        if len(tokens) < window:
+            raise ValueError(f"the text has {len(tokens)} tokens, less than one window of {window}: lower the window.")
+        ids = tokens[: len(tokens) // window * window].view(-1, window)
+    ids = ids[:max_windows]
+    started = time.perf_counter()
+    training = model.training
+    model.eval()
+    losses = []
+    for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
+        losses.append(_window_losses(model, batch.to(model.device)).double().cpu())
+    model.train(training)
+    loss = torch.cat(losses)
+    value = math.exp(loss.mean().item())
+    error = value * (loss.std() / len(loss) ** 0.5).item() if len(loss) > 1 else math.nan
+    return Perplexity(value, error, len(loss), ids.shape[1], time.perf_counter() - started)
+
+
+def _window_losses(model: PreTrainedModel, ids: Tensor, chunk: int = 1024) -> Tensor:
+    """Mean negative log-likelihood of each window of ids [windows, tokens]: fp32 [windows].
+
+    They are made fp32 in chunks of tokens: all at once would be the largest tensor of the run.
+    """
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:].to(logits.device)
+    total = torch.zeros(len(ids), device=logits.device)
+    for start in range(0, targets.shape[1], chunk):
+        part, target = logits[:, start : start + chunk].float(), targets[:, start : start + chunk]
+        total += F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none").view_as(target).sum(1)
+    return total / targets.shape[1]
