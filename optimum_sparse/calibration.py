@@ -1,13 +1,15 @@
 """Text to token batches: documents packed end to end and cut into full windows, never padded, always seeded."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .config import is_token_ids
 
 
 # name -> (dataset, subset, files of one split or None for the whole split). One file of C4 is more than enough.
@@ -49,8 +51,10 @@ def calibration_batches(
         ValueError: too few tokens, saying how many there are; unreadable data.
     """
     if isinstance(dataset, Tensor):
+        if not is_token_ids(dataset):
+            raise ValueError(f"token ids must be integers [samples, tokens], got {list(dataset.shape)} {dataset.dtype}.")
         ids = dataset[:num_samples, :sequence_length]
-        _enough(ids.numel(), num_samples, sequence_length, "the tensor of token ids")
+        _enough(ids.numel(), num_samples, sequence_length, f"a tensor of token ids {list(dataset.shape)}, so cut,")
     elif dataset == "self":
         if sample is None:
             raise ValueError("dataset='self' samples text from a model, and there is none here.")
@@ -150,10 +154,13 @@ def _enough(tokens: int, num_samples: int, sequence_length: int, source: str) ->
 def _given_batches(batches: Iterable[Any]) -> list[dict[str, Tensor]]:
     taken = []
     for batch in batches:
-        content = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        content = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         content = {name: content[name] for name in ("input_ids", "attention_mask") if name in content}
-        if not all(isinstance(tensor, Tensor) and tensor.dim() == 2 for tensor in content.values()) or not content:
-            raise ValueError("a batch must be token ids [batch, tokens], or a dict with such `input_ids`.")
+        ids, mask = content.get("input_ids"), content.get("attention_mask")
+        if not is_token_ids(ids):
+            raise ValueError("a batch must be integer token ids [batch, tokens], or a dict with such `input_ids`.")
+        if "attention_mask" in content and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}.")
         taken.append(content)
     if not taken:
         raise ValueError("the calibration data has no batches.")

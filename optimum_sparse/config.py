@@ -75,11 +75,7 @@ class SparsityConfig(QuantizationConfigMixin):
         _one_of("method", self.method, METHODS)
         _one_of("format", self.format, FORMATS)
         _one_of("quant_method", self.quant_method, [QUANT_METHOD])
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version={self.format_version!r}: this release reads version {FORMAT_VERSION}; upgrade "
-                "optimum-sparse to read a newer one."
-            )
+        _check_version(self.format_version)
         pattern = parse_pattern(self.pattern, self.sparsity)
         self.sparsity = pattern.sparsity
         for name in ("num_samples", "sequence_length", "batch_size", "block_size"):
@@ -108,13 +104,15 @@ class SparsityConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The inverse of `to_dict`. Raises ValueError for keys that do not exist."""
+        _check_version(config_dict.get("format_version", FORMAT_VERSION))  # first: a newer one may have other keys
         known = [f.name for f in fields(cls)]
         for key in config_dict:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known keys are {known}."
                 raise ValueError(f"unknown key {key!r} in a SparsityConfig: {hint}")
-        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        checked = config_dict | {key: kwargs.pop(key) for key in known if key in kwargs}  # or they go in unchecked
+        return super().from_dict(checked, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable; without `run_compressed`, which belongs to a load and not to a checkpoint."""
@@ -172,6 +170,13 @@ def describe_dataset(dataset: Any) -> str:
     return f"in memory: {type(dataset).__name__}"
 
 
+def is_token_ids(value: Any) -> bool:
+    """Whether this is an integer tensor [samples, tokens] with something in it."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or not value.numel():
+        return False
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
 def _check_dataset(dataset: Any) -> None:
     allowed = (
         "a name ('c4', 'wikitext2', 'org/name'), a .txt, .jsonl or .parquet file, a list of texts, a tensor of token "
@@ -182,7 +187,7 @@ def _check_dataset(dataset: Any) -> None:
     if isinstance(dataset, list) and dataset and all(isinstance(text, str) for text in dataset):
         return
     if isinstance(dataset, torch.Tensor):
-        if dataset.dim() == 2 and dataset.numel() and not dataset.is_floating_point():
+        if is_token_ids(dataset):
             return
         raise ValueError(
             f"dataset: token ids must be integers [samples, tokens], got {list(dataset.shape)} {dataset.dtype}."
@@ -200,6 +205,14 @@ def _parse_override(value: Any) -> Pattern | None:
     if isinstance(value, str):
         return parse_pattern(value)
     return Unstructured(value)
+
+
+def _check_version(version: Any) -> None:
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version!r}: this release reads version {FORMAT_VERSION}; upgrade optimum-sparse to read "
+            "a newer one."
+        )
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:
@@ -221,5 +234,5 @@ def _names(field_name: str, rules: Any, optional: bool) -> None:
         if rule.startswith("re:"):
             try:
                 re.compile(rule[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{field_name}: {rule!r} is not a regular expression: {error}.") from error

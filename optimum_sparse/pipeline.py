@@ -122,6 +122,8 @@ def _prune_linear(linear: Linear, stats: InputStats | None, method: Method) -> L
     started = time.perf_counter()
     weight = linear.read()
     report = LayerReport(linear.name, list(weight.shape))
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the weight of {linear.name} holds NaN or infinity: the checkpoint is damaged.")
     if method.needs > Needs.NOTHING:
         if stats is None or stats.tokens == 0:
             report.skipped = "no calibration token reached it"

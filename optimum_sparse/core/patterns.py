@@ -67,7 +67,7 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     if match is None:
         raise ValueError(f"pattern={text!r}: must be 'unstructured' or 'N:M' with N kept of every M, such as '2:4'.")
     pattern = NM(int(match[1]), int(match[2]))
-    if sparsity is not None and abs(sparsity - pattern.sparsity) > 1e-6:
+    if sparsity is not None and abs(Unstructured(sparsity).sparsity - pattern.sparsity) > 1e-6:
         raise ValueError(
             f"sparsity={sparsity!r} contradicts pattern='{pattern}', which removes {pattern.sparsity:g}: leave it out."
         )
@@ -120,6 +120,7 @@ def violation(weight: Tensor, pattern: Pattern) -> str | None:
     """What is wrong with `weight` [out, in] under `pattern`, or None: it may hold fewer non-zeros, never more."""
     nonzero = weight != 0
     if isinstance(pattern, NM):
+        pattern.check_width(weight.shape[1])
         most = int(nonzero.reshape(-1, pattern.group).sum(-1).max())
         return None if most <= pattern.kept else f"a group of {pattern.group} weights has {most} non-zeros"
     count, kept = int(nonzero.sum()), pattern.kept(weight.numel())

@@ -36,6 +36,7 @@ class InputStats:
     def update(self, x: Tensor) -> None:
         """Add the tokens x [tokens, in]."""
         self.tokens += x.shape[0]
+        self._factors.clear()
         if self.needs is Needs.GRAM:
             _add_gram_upper(self._sum, x)
         else:

@@ -34,6 +34,7 @@ def layout(shape: tuple[int, int], pattern: Pattern) -> dict[str, tuple[tuple[in
         tensors["weight"] = ((pattern.kept(out_features * in_features),), None)
         tensors["weight_rows"] = ((out_features + 1,), torch.int64)
     else:
+        pattern.check_width(in_features)
         tensors["weight"] = ((out_features, in_features // pattern.group * pattern.kept), None)
     return tensors
 

@@ -1,0 +1,106 @@
+"""The command line as a user runs it, on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from optimum_sparse.cli import main
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A .txt file of a few thousand words that the tiny tokenizer knows."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{3 + 7 * i % 190}" for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_llama, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "pruned"
+    assert main(prune_arguments(tiny_llama, text, out)) == 0
+    return out
+
+
+def prune_arguments(model, text, out, *more):
+    data = ["--dataset", str(text), "--num-samples", "4", "--sequence-length", "32"]
+    return ["prune", str(model), "--output", str(out), *data, *more]
+
+
+def test_prune_writes_checkpoint_tokenizer_and_report(pruned):
+    names = {path.name for path in pruned.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "sparsity_report.json"} <= names
+    stored = json.loads((pruned / "config.json").read_text())["quantization_config"]
+    assert (stored["method"], stored["pattern"], stored["num_samples"]) == ("sparsegpt", "2:4", 4)
+    layers = json.loads((pruned / "sparsity_report.json").read_text())["layers"]
+    assert all(layer["sparsity"] == 0.5 and 0 < layer["error"] < 1 for layer in layers)
+    AutoModelForCausalLM.from_pretrained(pruned)
+
+
+def test_prune_prints_the_report_and_the_sizes(tiny_llama, text, tmp_path, capsys):
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", "--method", "wanda", "--ignore", "k_proj")) == 0
+    printed = capsys.readouterr().out
+    assert "down_proj" in printed
+    assert "left dense, ignored by 'k_proj'" in printed
+    assert "MB on disk" in printed
+
+
+def test_options_win_over_a_config_file(tiny_llama, text, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"method": "wanda", "pattern": "unstructured", "sparsity": 0.3}))
+    more = ["--config", str(tmp_path / "recipe.json"), "--method", "magnitude", "--layer", "down_proj=4:8"]
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stored["method"], stored["sparsity"], stored["layers"]) == ("magnitude", 0.3, {"down_proj": "4:8"})
+
+
+def test_eval_of_dense_and_compressed_agree(pruned, text, capsys):
+    values = []
+    for more in ([], ["--run-compressed"]):
+        assert main(["eval", str(pruned), "--dataset", str(text), "--window", "64", "--json", *more]) == 0
+        values.append(json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"])
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_info_counts_the_bytes_of_the_file(pruned, capsys):
+    assert main(["info", str(pruned), "--layers"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.0.mlp.down_proj" in printed
+    header = int.from_bytes((pruned / "model.safetensors").read_bytes()[:8], "little")
+    payload = (pruned / "model.safetensors").stat().st_size - 8 - header
+    assert f"in all {payload / 1e6:,.1f} MB" in printed
+
+
+def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
+    assert main(["export", str(pruned), "--output", str(tmp_path / "dense")]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "MODEL", "--output", "OUT", "--pattern", "5:4"], "0 < N < M"),
+        (["prune", "MODEL", "--output", "OUT", "--dataset", "missing.jsonl"], "no such file"),
+        (["prune", "MODEL", "--output", "OUT", "--layer", "down_proj"], "NAME=VALUE"),
+        (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
+        (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),
+        (["info", "MODEL"], "not a sparse checkpoint"),
+        (["export", "MODEL", "--output", "OUT"], "not a sparse checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tiny_llama, tmp_path, capsys, arguments, message):
+    places = {"MODEL": str(tiny_llama), "OUT": str(tmp_path / "out")}
+    assert main([places.get(argument, argument) for argument in arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_module_and_optimum_cli_offer_the_same_commands():
+    pytest.importorskip("optimum.commands")
+    for command in ([sys.executable, "-m", "optimum_sparse"], [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"]):
+        printed = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
+        assert all(name in printed for name in ("prune", "eval", "info", "export")), printed
