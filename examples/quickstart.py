@@ -98,7 +98,8 @@ def main() -> None:
     print(f"\n{'':24}{'dense':>12}{'sparse':>12}")
     print(f"{'perplexity, Python docs':24}{dense[0]:12.2f}{sparse[0]:12.2f}")
     print(f"{'pruned layers, MB':24}{full / 1e6:12.1f}{stored / 1e6:12.1f}   {stored / full:.4f} of dense")
-    print(f"{'whole checkpoint, MB':24}{(full + info.other_bytes) / 1e6:12.1f}{(stored + info.other_bytes) / 1e6:12.1f}")
+    whole = [(size + info.other_bytes) / 1e6 for size in (full, stored)]
+    print(f"{'whole checkpoint, MB':24}{whole[0]:12.1f}{whole[1]:12.1f}   {whole[1] / whole[0]:.4f}")
     print("\ndense : " + dense[1].replace("\n", " "))
     print("sparse: " + sparse[1].replace("\n", " "))
     print("\n" + ", ".join(f"{phase} {taken:.1f} s" for phase, taken in seconds.items()))

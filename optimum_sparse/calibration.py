@@ -52,9 +52,16 @@ def calibration_batches(
     """
     if isinstance(dataset, Tensor):
         if not is_token_ids(dataset):
-            raise ValueError(f"token ids must be integers [samples, tokens], got {list(dataset.shape)} {dataset.dtype}.")
+            raise ValueError(
+                f"token ids must be integers [samples, tokens], got {list(dataset.shape)} {dataset.dtype}."
+            )
         ids = dataset[:num_samples, :sequence_length]
-        _enough(ids.numel(), num_samples, sequence_length, f"a tensor of token ids {list(dataset.shape)}, so cut,")
+        _enough(
+            ids.numel(),
+            num_samples,
+            sequence_length,
+            f"the tensor of token ids {list(dataset.shape)}, cut to {list(ids.shape)},",
+        )
     elif dataset == "self":
         if sample is None:
             raise ValueError("dataset='self' samples text from a model, and there is none here.")

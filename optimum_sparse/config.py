@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin  # what `config.json` stores must extend it
@@ -170,7 +170,7 @@ def describe_dataset(dataset: Any) -> str:
     return f"in memory: {type(dataset).__name__}"
 
 
-def is_token_ids(value: Any) -> bool:
+def is_token_ids(value: Any) -> TypeGuard[torch.Tensor]:
     """Whether this is an integer tensor [samples, tokens] with something in it."""
     if not isinstance(value, torch.Tensor) or value.dim() != 2 or not value.numel():
         return False

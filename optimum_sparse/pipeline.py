@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import InputStats, Needs, NotPositiveDefinite, Pattern
-from .kernels.cpu import onednn_fp32
+from .kernels.cpu import fast_forward
 from .methods import Method
 from .report import LayerReport
 
@@ -103,18 +103,19 @@ def prune_blocks(
     if calls is None and method.needs > Needs.NOTHING:
         raise ValueError(f"{type(method).__name__} needs calibration inputs, and there are none.")
     reports = []
-    with onednn_fp32():
-        for index, block in enumerate(tqdm(blocks, desc="Pruning", unit="block")):
-            with onload(block.module):
-                stats: dict[str, InputStats] = {}
-                if calls is not None and block.linears:
+    for index, block in enumerate(tqdm(blocks, desc="Pruning", unit="block")):
+        with onload(block.module):
+            stats: dict[str, InputStats] = {}
+            if calls is not None and block.linears:
+                with fast_forward():
                     stats = _collect(block, index, calls, method.needs)
-                reports += [_prune_linear(linear, stats.get(linear.name), method) for linear in block.linears]
-                stats.clear()
-                if calls is not None and index + 1 < len(blocks):
+            reports += [_prune_linear(linear, stats.get(linear.name), method) for linear in block.linears]
+            stats.clear()
+            if calls is not None and index + 1 < len(blocks):
+                with fast_forward():
                     for batch in range(len(calls.hidden)):
                         calls.hidden[batch] = calls.run(block.module, index, batch)
-                    calls.arguments[index] = []
+                calls.arguments[index] = []
     return reports
 
 

@@ -63,7 +63,7 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     """`"2:4"` -> NM(2, 4); `"unstructured"` with a sparsity -> Unstructured(sparsity)."""
     if text == "unstructured":
         return Unstructured(0.5 if sparsity is None else sparsity)
-    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text) if isinstance(text, str) else None
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"pattern={text!r}: must be 'unstructured' or 'N:M' with N kept of every M, such as '2:4'.")
     pattern = NM(int(match[1]), int(match[2]))

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import load_documents
+from ..kernels.cpu import onednn_fp32
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def perplexity(
     training = model.training
     model.eval()
     losses = []
-    for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
-        losses.append(_window_losses(model, batch.to(model.device)).double().cpu())
+    with onednn_fp32():
+        for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
+            losses.append(_window_losses(model, batch.to(model.device)).double().cpu())
     model.train(training)
     loss = torch.cat(losses)
     value = math.exp(loss.mean().item())

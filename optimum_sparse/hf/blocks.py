@@ -19,6 +19,7 @@ from ..core import NM
 from ..nn import SparseLinear
 from ..pipeline import Block, Calls, Linear
 from ..report import LayerReport
+from .placement import execution_device
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,11 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
         ValueError: none is found, or `block_name` is not a ModuleList.
     """
     if block_name is not None:
-        try:
-            found: nn.Module | None = model.get_submodule(block_name)
-        except AttributeError:
-            prefix = f"{model.base_model_prefix}."
-            found = model.get_submodule(block_name.removeprefix(prefix)) if block_name.startswith(prefix) else None
-        if not isinstance(found, nn.ModuleList):
-            raise ValueError(f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}.")
-        return next(name for name, module in model.named_modules() if module is found), found
+        full = full_name(model)
+        for name, module in model.named_modules():
+            if block_name in (name, full(name)) and isinstance(module, nn.ModuleList):
+                return name, module
+        raise ValueError(f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}.")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = model if decoder is None else decoder
     unsplit = set(model._no_split_modules or [])
@@ -190,11 +188,17 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
     Every block gets its own arguments: some models give each layer its own mask and position embeddings. Arguments
     that are equal for two batches are kept once.
     """
+    problem = (
+        f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot be "
+        "run one at a time."
+    )
+    if len(set(blocks)) != len(blocks):
+        raise ValueError(problem)
     returns_tuple = _returns_tuple(model, blocks, batches[0])
     hidden: list[Tensor] = []
     arguments: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
     keep: list[Tensor | None] = []
-    device = _input_device(model)
+    device = execution_device(model.get_input_embeddings())
 
     def recorder(index: int) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -202,7 +206,7 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
             if index == 0:
                 hidden.append(x)
             previous = arguments[index][-1] if arguments[index] else None
-            other = arguments[index - 1][-1] if index else None
+            other = arguments[index - 1][-1] if index and arguments[index - 1] else None
             arguments[index].append(_shared((args[1:], kwargs), [previous, other]))
             if index == len(blocks) - 1:
                 raise _Recorded
@@ -216,18 +220,9 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
                 model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             mask = batch.get("attention_mask")
             keep.append(None if mask is None or bool(mask.all()) else mask.bool())
-    if not len(hidden) == len(batches) == len(arguments[-1]):
-        raise ValueError(
-            f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot "
-            "be run one at a time."
-        )
+    if any(len(seen) != len(batches) for seen in (hidden, *arguments)):
+        raise ValueError(problem)
     return Calls(hidden, arguments, keep)
-
-
-def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: next to the embeddings, or to the first device that computes if those are offloaded."""
-    device = next(model.get_input_embeddings().parameters()).device
-    return model.device if device.type == "meta" else device
 
 
 @contextlib.contextmanager
@@ -255,7 +250,7 @@ def _returns_tuple(model: PreTrainedModel, blocks: nn.ModuleList, batch: dict[st
 
     handle = blocks[0].register_forward_hook(stop)
     try:
-        ids = batch["input_ids"][:1, :4].to(_input_device(model))
+        ids = batch["input_ids"][:1, :4].to(execution_device(model.get_input_embeddings()))
         with contextlib.suppress(_Recorded):
             model(input_ids=ids, use_cache=False)
     finally:

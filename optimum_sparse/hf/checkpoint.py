@@ -1,20 +1,27 @@
 """The only file input and output: reports beside checkpoints, what a checkpoint holds, dense export."""
 
 import contextlib
+import copy
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from ..config import QUANT_METHOD, SparsityConfig
-from ..formats import FORMATS
+from ..formats import FORMATS, bitmask
+from ..pipeline import Linear
 from ..report import PruningReport
 from .blocks import make_plan
 
@@ -128,38 +135,97 @@ def inspect(source: str) -> CheckpointInfo:
     sparsity = SparsityConfig.from_dict(stored)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    headers = _headers(Path(source))
-    sizes = {name: size for name, (_, size) in headers.items()}
+    headers = read_headers(_safetensors(Path(source)))
+    linears = make_plan(model, sparsity, strict=False).linears
+    stored = stored_matrices(model, get_model_conversion_mapping(model), headers)
+    check_stored(stored, linears)
     matrices = {}
-    for name, linear in make_plan(model, sparsity, strict=False).linears.items():
-        layout = FORMATS[sparsity.format].layout(linear.shape, linear.pattern)
-        for key, (shape, _) in layout.items():
-            found = headers.get(f"{name}.{key}")
-            if found is None or tuple(found[0]) != shape:
-                raise ValueError(
-                    f"{name}.{key} must have shape {list(shape)} in a {linear.pattern} checkpoint, the file has "
-                    f"{found[0] if found else 'nothing'}."
-                )
-        values = headers[f"{name}.weight"]
-        item = values[1] // max(torch.Size(values[0]).numel(), 1)
-        on_disk = sum(sizes.pop(f"{name}.{key}") for key in layout)
-        matrices[name] = (str(linear.pattern), list(linear.shape), on_disk, linear.shape[0] * linear.shape[1] * item)
-    return CheckpointInfo(sparsity, matrices, sum(sizes.values()))
+    for name, linear in linears.items():
+        values = stored[name]["weight"]
+        dense = linear.shape[0] * linear.shape[1] * values.bytes // max(math.prod(values.shape), 1)
+        on_disk = sum(header.bytes for header in stored[name].values())
+        matrices[name] = (str(linear.pattern), list(linear.shape), on_disk, dense)
+    other = sum(header.bytes for header in headers.values()) - sum(matrix[2] for matrix in matrices.values())
+    return CheckpointInfo(sparsity, matrices, other)
 
 
-def _headers(directory: Path) -> dict[str, tuple[list[int], int]]:
-    """{tensor name: (shape, bytes)} of all safetensors files of a checkpoint."""
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor; `dtype` as it is called there ("F32", "U8")."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+def _safetensors(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{str(directory)!r} holds no .safetensors files.")
+    return files
+
+
+def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, Header]:
+    """{tensor name on disk: header}. No tensor is read."""
     headers = {}
     for file in files:
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 part = stored.get_slice(name)
-                shape = part.get_shape()
-                headers[name] = (shape, torch.Size(shape).numel() * _BYTES[part.get_dtype()])
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                bits = re.search(r"\d+", dtype)  # "BF16", "F8_E4M3"; "BOOL" takes a byte
+                headers[name] = Header(shape, dtype, math.prod(shape) * (int(bits[0]) if bits else 8) // 8)
     return headers
 
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+def stored_matrices(
+    model: PreTrainedModel, conversions: Iterable[Any], headers: dict[str, Header]
+) -> dict[str, dict[str, Header]]:
+    """{module: {"weight", "weight_mask", ...: header}}, by the modules' names in `model`, which may differ on disk.
+
+    Args:
+        conversions: transformers' conversions for this model and load; only renamings concern pruned weights.
+    """
+    renamings = [copy.deepcopy(c) for c in conversions if isinstance(c, WeightRenaming)]  # they note their use
+    names = model.state_dict()
+    stored: dict[str, dict[str, Header]] = {}
+    for name in sorted(headers, key=dot_natural_key):  # in transformers' order: some renamings depend on it
+        owner, _, key = name.rpartition(".")
+        weight = f"{owner}.weight" if key in bitmask.SUFFIXES else name
+        renamed, _ = rename_source_key(weight, renamings, [], model.base_model_prefix, names)
+        if key in bitmask.SUFFIXES and renamed in names:
+            stored.setdefault(renamed.removesuffix(".weight"), {})[key] = headers[name]
+    return stored
+
+
+def check_stored(stored: dict[str, dict[str, Header]], linears: dict[str, Linear]) -> None:
+    """Raise ValueError, naming the modules, unless exactly `linears` are compressed in a checkpoint, in full.
+
+    transformers itself would log a tensor that is missing, go on, and put random numbers in its place.
+    """
+    problems = []
+    for name, linear in linears.items():
+        layout = bitmask.layout(linear.shape, linear.pattern)
+        found = stored.get(name, {})
+        missing, extra = sorted(set(layout) - set(found)), sorted(set(found) - set(layout))
+        if missing or extra:
+            problems.append(f"{name} is stored as {sorted(layout)}: missing {missing}, unexpected {extra}")
+        for key in sorted(set(layout) & set(found)):
+            (shape, dtype), header = layout[key], found[key]
+            if header.shape != shape:
+                problems.append(
+                    f"{name}.{key} has shape {list(header.shape)}, a {linear.pattern} matrix {list(linear.shape)} has "
+                    f"{list(shape)}"
+                )
+            elif header.dtype not in _DTYPES[dtype]:
+                problems.append(f"{name}.{key} has dtype {header.dtype}, must be {' or '.join(_DTYPES[dtype])}")
+    for name, found in stored.items():
+        extra = sorted(set(found) - {"weight"})
+        if extra and name not in linears:
+            problems.append(f"{name} is dense by the config, but there is {name}.{extra[0]}")
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not hold what its config says, {len(problems)} problems: {'; '.join(problems[:4])}."
+        )
+
+
+_DTYPES = {None: ("BF16", "F16", "F32", "F64"), torch.uint8: ("U8",), torch.int64: ("I64",)}

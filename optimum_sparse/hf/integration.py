@@ -1,5 +1,6 @@
 """Registers with transformers, and lets `from_pretrained` take `sparsity_config=` and `run_compressed=`."""
 
+import copy
 import functools
 import os
 import warnings
@@ -7,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.quantizers import auto
 
 from ..config import QUANT_METHOD, SparsityConfig
@@ -42,8 +42,8 @@ def install() -> None:
     auto.register_quantization_config(QUANT_METHOD)(SparsityConfig)
     auto.register_quantizer(QUANT_METHOD)(SparsityQuantizer)
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SparsityConfig,)  # run_compressed= wins over the stored config
-    for owner in (PreTrainedModel, _BaseAutoModelClass):
-        owner.from_pretrained = classmethod(_taking_sparsity(owner.from_pretrained.__func__))
+    # The Auto classes pass on what they do not know.
+    PreTrainedModel.from_pretrained = classmethod(_taking_sparsity(PreTrainedModel.from_pretrained.__func__))
     PreTrainedModel.save_pretrained = _saving_report(PreTrainedModel.save_pretrained)
 
 
@@ -55,8 +55,7 @@ def uninstall() -> None:
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = tuple(
         kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind is not SparsityConfig
     )
-    for owner in (PreTrainedModel, _BaseAutoModelClass):
-        owner.from_pretrained = classmethod(owner.from_pretrained.__func__.__wrapped__)
+    PreTrainedModel.from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__.__wrapped__)
     PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
 
 
@@ -80,6 +79,7 @@ def _taking_sparsity(original: Callable) -> Callable:
         elif not isinstance(config, SparsityConfig):
             raise TypeError(f"sparsity_config must be a SparsityConfig or a dict, got {type(config).__name__}.")
         if run_compressed is not None:
+            config = copy.copy(config)
             config.run_compressed = run_compressed
         with warnings.catch_warnings():
             if getattr(config, "only_for_loading", False):

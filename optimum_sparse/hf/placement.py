@@ -59,6 +59,14 @@ def _store(weights: Any, name: str, tensor: Tensor) -> None:
     return None
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where accelerate brings its weights if they are offloaded, else where they are."""
+    hook = _offload_hook(module)
+    if hook is None or hook.execution_device is None:
+        return next(module.parameters()).device
+    return torch.device(hook.execution_device)
+
+
 def offloaded_weight(module: nn.Module, name: str) -> Tensor:
     """The value of a parameter that is offloaded (its own tensor is on the meta device)."""
     hook = _offload_hook(module)

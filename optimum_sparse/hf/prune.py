@@ -17,7 +17,7 @@ from ..nn import SparseLinear
 from ..pipeline import Calls, prune_blocks
 from ..report import PruningReport
 from .blocks import find_blocks, full_name, is_linear, make_plan, record_calls
-from .placement import onload
+from .placement import execution_device, onload
 
 
 def prune_model(
@@ -81,11 +81,17 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
 
     Models without one begin with random tokens. The model goes on after an end-of-text token, with a new document.
     """
+    if not model.can_generate():
+        raise ValueError(
+            f"dataset='self' samples text from the model, and a {type(model).__name__} writes none: load the model "
+            "with its head, as AutoModelForCausalLM, or give another dataset."
+        )
+    device = execution_device(model.get_input_embeddings())
     text = model.config.get_text_config(decoder=True)
     begin = text.bos_token_id if isinstance(text.bos_token_id, int) else None
     generator = torch.Generator().manual_seed(seed)
     written = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in tqdm(range(0, samples, batch_size), desc="Sampling text", unit="batch", leave=False):
             count = min(batch_size, samples - start)
@@ -94,8 +100,8 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
                 first = torch.full_like(first, begin)
             written.append(
                 model.generate(
-                    first.to(model.device),
-                    attention_mask=torch.ones_like(first).to(model.device),
+                    first.to(device),
+                    attention_mask=torch.ones_like(first).to(device),
                     do_sample=True,
                     temperature=1.0,
                     top_k=0,

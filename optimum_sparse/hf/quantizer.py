@@ -16,7 +16,7 @@ from ..nn import SparseLinear
 from ..pipeline import Linear
 from ..report import PruningReport
 from .blocks import make_plan
-from .checkpoint import read_report
+from .checkpoint import check_stored, read_headers, read_report, stored_matrices
 from .placement import offloaded_weight
 from .prune import prune_model
 
@@ -33,7 +33,10 @@ class SparsityQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SparsityConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.report: PruningReport | None = None
-        self._compressed: dict[str, Linear] = {}  # of the skeleton that is being loaded
+        self._skeleton: PreTrainedModel | None = None  # what is being loaded
+        self._files: list[str] = []
+        self._compressed: dict[str, Linear] = {}
+        self._decompress = Decompress(self._compressed)
         if not self.pre_quantized and getattr(quantization_config, "only_for_loading", False):
             raise ValueError(
                 "run_compressed was given, but this checkpoint is dense: prune it, with sparsity_config=."
@@ -56,7 +59,9 @@ class SparsityQuantizer(HfQuantizer):
             return
         if checkpoint_files:
             self.report = read_report(Path(checkpoint_files[0]).parent)
+        self._skeleton, self._files = model, [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
         self._compressed = make_plan(model, self.quantization_config, strict=False).linears
+        self._decompress = Decompress(self._compressed)
         if self.quantization_config.run_compressed:
             for name, linear in self._compressed.items():
                 module, (out_features, in_features) = linear.module, linear.shape
@@ -69,9 +74,13 @@ class SparsityQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized or self.quantization_config.run_compressed:
             return []
-        return [WeightConverter(list(bitmask.SUFFIXES), "weight", [Decompress(self._compressed)])]
+        return [WeightConverter(list(bitmask.SUFFIXES), "weight", [self._decompress])]
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
+        if self._skeleton is not None and self._files:  # here, since only here all names on disk are known
+            stored = stored_matrices(self._skeleton, weight_conversions, read_headers(self._files))
+            check_stored(stored, self._compressed)
+            self._files = []
         return weight_conversions + self.get_weight_conversions()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -92,9 +101,11 @@ class SparsityQuantizer(HfQuantizer):
                     module.validate()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
+        elif self._decompress.problems:
+            raise ValueError("; ".join(self._decompress.problems[:4]))
         # Saving compresses the state dict itself: our converter must not be reversed on top of that.
         model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
-        self._compressed = {}
+        self._skeleton, self._compressed, self._decompress = None, {}, Decompress({})
         self._mark(model)
 
     def _mark(self, model: PreTrainedModel) -> None:
@@ -135,6 +146,11 @@ class SparsityQuantizer(HfQuantizer):
             except ValueError as error:
                 raise ValueError(f"{name} {error}") from error
             state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
+        if not hasattr(model, "hf_device_map"):  # transformers brings back only what it offloaded itself
+            for name, tensor in state.items():
+                if tensor.is_meta:
+                    owner, _, key = name.rpartition(".")
+                    state[name] = offloaded_weight(model.get_submodule(owner), key)
         return state, {"format": "pt"}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -146,10 +162,16 @@ class SparsityQuantizer(HfQuantizer):
 
 
 class Decompress(ConversionOps):
-    """The stored tensors of one module to its weight; weights that the config leaves dense pass through."""
+    """The stored tensors of one module to its weight; weights that the config leaves dense pass through.
+
+    Attributes:
+        problems: what was wrong, module by module. transformers turns an error that is raised here into a line of its
+            log and an exception that names nothing.
+    """
 
     def __init__(self, compressed: dict[str, Linear]):
         self.compressed = compressed
+        self.problems: list[str] = []
 
     def __deepcopy__(self, memo: dict) -> "Decompress":
         return self  # transformers copies converters for each parameter
@@ -176,7 +198,8 @@ class Decompress(ConversionOps):
         try:
             weight = bitmask.decode(tensors, linear.shape, linear.pattern)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            self.problems.append(f"{name}: {error}")
+            weight = torch.zeros(linear.shape)  # not to be used: loading fails
         weight = weight.T.contiguous() if linear.transposed else weight
         return {"weight": weight.to(linear.module.weight.dtype)}
 

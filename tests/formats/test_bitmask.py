@@ -1,0 +1,148 @@
+"""The disk format: its bits, its bytes, and round trips of everything."""
+
+import pytest
+import torch
+from helpers import random_weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
+from optimum_sparse.formats import bitmask
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def sparse_matrix(rows: int, width: int, pattern: Pattern, dtype: torch.dtype, seed: int, zeros: float = 0) -> Tensor:
+    """Random weights under the pattern; `zeros` of those that may stay are zero as well."""
+    weight = random_weight(rows, width, seed)
+    weight = weight * keep_mask(weight.abs(), pattern)
+    generator = torch.Generator().manual_seed(seed)
+    return weight.masked_fill(torch.rand(rows, width, generator=generator) < zeros, 0).to(dtype)
+
+
+@st.composite
+def matrices(draw) -> tuple[Tensor, Pattern]:
+    rows = draw(st.integers(1, 7))
+    if draw(st.booleans()):
+        group = draw(st.integers(2, 33))
+        pattern: Pattern = NM(draw(st.integers(1, group - 1)), group)
+        width = group * draw(st.integers(1, 5))
+    else:
+        pattern = Unstructured(draw(st.floats(0, 1, exclude_max=True)))
+        width = draw(st.integers(1, 70))
+    zeros = draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    return sparse_matrix(rows, width, pattern, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)), zeros), pattern
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=matrices())
+def test_round_trip(case: tuple[Tensor, Pattern]):
+    weight, pattern = case
+    before = weight.clone()
+    tensors = bitmask.encode(weight, pattern)
+    assert torch.equal(weight, before), "the argument is not modified"
+    bitmask.validate(tensors, tuple(weight.shape), pattern)
+    dense = bitmask.decode(tensors, tuple(weight.shape), pattern)
+    assert dense.dtype == weight.dtype
+    assert torch.equal(dense, weight)
+    assert equal(bitmask.encode(dense, pattern), tensors), "a matrix has exactly one encoding"
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=matrices())
+def test_layout_tells_shapes_and_dtypes_from_the_pattern_alone(case: tuple[Tensor, Pattern]):
+    weight, pattern = case
+    tensors, layout = bitmask.encode(weight, pattern), bitmask.layout(tuple(weight.shape), pattern)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
+        name: (shape, dtype or weight.dtype) for name, (shape, dtype) in layout.items()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 40), seed=st.integers(0, 99))
+def test_every_bit_is_where_the_format_says(rows: int, columns: int, seed: int):
+    """Bit c % 8 of byte c // 8 is column c; unused bits are 0."""
+    keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = bitmask.pack_bits(keep)
+    expected = [[0] * -(-columns // 8) for _ in range(rows)]
+    for row, column in keep.nonzero().tolist():
+        expected[row][column // 8] |= 1 << column % 8
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == expected
+    assert torch.equal(bitmask.unpack_bits(packed, columns), keep)
+
+
+def test_the_example_of_the_docstring():
+    row = torch.tensor([[0.5, 0, 0, -2, 0, 1, 0.3, 0]], dtype=torch.bfloat16)
+    tensors = bitmask.encode(row, NM(2, 4))
+    assert torch.equal(tensors["weight"], torch.tensor([[0.5, -2, 1, 0.3]], dtype=torch.bfloat16))
+    assert tensors["weight_mask"].tolist() == [[0b01101001]]
+    assert set(tensors) == {"weight", "weight_mask"}
+
+
+def test_unstructured_rows_point_to_the_first_value_of_each_row():
+    weight = torch.tensor([[0.0, 3, 0, 1], [0, 0, 0, 0], [5, 0, 0, 2]])
+    tensors = bitmask.encode(weight, Unstructured(2 / 3))
+    assert tensors["weight"].tolist() == [3, 1, 5, 2]
+    assert tensors["weight_rows"].tolist() == [0, 2, 2, 4]
+    assert tensors["weight_mask"].tolist() == [[0b1010], [0], [0b1001]]
+
+
+def test_zeros_that_may_be_non_zero_are_stored_lowest_columns_first():
+    tensors = bitmask.encode(torch.tensor([[0.0, 0, 0, 7, 0, 0, 0, 0]]), NM(2, 4))
+    assert tensors["weight"].tolist() == [[0, 7, 0, 0]]
+    assert tensors["weight_mask"].tolist() == [[0b00111001]]
+    tensors = bitmask.encode(torch.tensor([[0.0, 0], [0, 7]]), Unstructured(0.5))
+    assert tensors["weight"].tolist() == [0, 7]
+    assert tensors["weight_mask"].tolist() == [[0b01], [0b10]]
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 2), NM(2, 4), NM(4, 8), NM(16, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_kept_in_16_bits_takes_nine_sixteenths_of_the_bytes(pattern: NM, dtype: torch.dtype):
+    weight = sparse_matrix(6, 64, pattern, dtype, 0)
+    assert sum(tensor.nbytes for tensor in bitmask.encode(weight, pattern).values()) == 0.5625 * weight.nbytes
+
+
+def test_unstructured_half_takes_the_same_bytes_but_for_row_pointers():
+    weight = sparse_matrix(6, 64, Unstructured(0.5), torch.bfloat16, 0)
+    tensors = bitmask.encode(weight, Unstructured(0.5))
+    assert tensors["weight"].nbytes + tensors["weight_mask"].nbytes == 0.5625 * weight.nbytes
+    assert tensors["weight_rows"].nbytes == 8 * 7
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 5), Unstructured(0.5)], ids=str)
+def test_one_non_zero_too_many_is_refused(pattern: Pattern):
+    weight = sparse_matrix(3, 40, pattern, torch.float32, 0)
+    bitmask.encode(weight, pattern)
+    weight[tuple((weight == 0).nonzero()[-1])] = 1e-30
+    with pytest.raises(ValueError, match=rf"cannot be stored as {pattern}: .*(non-zeros|not zero).* masked"):
+        bitmask.encode(weight, pattern)
+
+
+def test_nm_refuses_a_width_that_is_no_multiple_of_the_group():
+    """Four rows of 6 are six groups of 4: counted over row ends, they would look fine."""
+    for call in (
+        lambda: bitmask.encode(torch.zeros(4, 6), NM(2, 4)),
+        lambda: bitmask.layout((4, 6), NM(2, 4)),
+        lambda: bitmask.decode(
+            {"weight": torch.ones(4, 2), "weight_mask": torch.full((4, 1), 0b100001, dtype=torch.uint8)},
+            (4, 6),
+            NM(2, 4),
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"2:4 .*got 6"):
+            call()
+
+
+def test_special_values_survive():
+    weight = torch.tensor([[float("inf"), float("-inf"), 0, 0, 1e-45, 0, 0, -3e38]])
+    assert torch.equal(bitmask.decode(bitmask.encode(weight, NM(2, 4)), (1, 8), NM(2, 4)), weight)

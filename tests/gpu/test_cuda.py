@@ -1,0 +1,108 @@
+"""What must also hold on a CUDA device. Tolerances are those of fp32 sums in another order."""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from models import make_config, make_model
+from transformers import AutoModelForCausalLM
+
+from optimum_sparse import Pruner
+from optimum_sparse.core import NM, InputStats, Needs, Unstructured, keep_top
+from optimum_sparse.formats import bitmask
+from optimum_sparse.methods import METHODS
+from optimum_sparse.nn import SparseLinear
+
+
+pytestmark = pytest.mark.gpu
+PATTERNS = [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(16, 32)]
+
+
+def ar_inputs(tokens, width, dtype=torch.float32):
+    """Correlated inputs: each column is mostly the one before."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [torch.randn(tokens, generator=generator)]
+    for _ in range(width - 1):
+        columns.append(0.8 * columns[-1] + 0.6 * torch.randn(tokens, generator=generator))
+    return torch.stack(columns, 1).to(dtype)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 64])
+def test_keep_top_breaks_ties_as_on_the_cpu(kept):
+    score = torch.randint(0, 5, (33, 64), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(keep_top(score.cuda(), kept).cpu(), keep_top(score, kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gram_accumulates_in_fp32(dtype):
+    x = ar_inputs(5000, 384, dtype)
+    stats = InputStats(384, Needs.GRAM, "cuda")
+    for part in x.cuda().split(777):
+        stats.update(part)
+    exact = x.double().T @ x.double() / len(x)
+    assert ((stats.gram.cpu() - exact).norm() / exact.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_agree_with_the_cpu(method, pattern):
+    x, weight = ar_inputs(4096, 320), torch.randn(96, 320, generator=torch.Generator().manual_seed(1))
+    solved = {}
+    for device in ("cpu", "cuda"):
+        stats = InputStats(320, Needs.GRAM, device)
+        stats.update(x.to(device))
+        solved[device] = METHODS[method]().solve(weight.to(device), stats, pattern)
+    cpu, cuda = solved["cpu"], solved["cuda"]
+    assert int(cuda.keep.sum()) == int(cpu.keep.sum())
+    assert (cuda.keep.cpu() == cpu.keep).float().mean() > 0.999
+    assert stats.relative_error(weight.cuda(), cuda.weight) == pytest.approx(
+        stats.relative_error(weight.cuda(), cpu.weight.cuda()), rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_bitmask_and_sparse_linear_on_the_device(pattern):
+    keep = METHODS["magnitude"]().solve(torch.randn(65, 128), None, pattern)
+    weight = keep.weight.to("cuda", torch.bfloat16)
+    tensors = bitmask.encode(weight, pattern)
+    assert torch.equal(bitmask.decode(tensors, (65, 128), pattern), weight)
+    cpu = bitmask.encode(weight.cpu(), pattern)
+    assert all(torch.equal(cpu[name], tensor.cpu()) for name, tensor in tensors.items())
+    linear, x = SparseLinear.from_dense(weight, None, pattern), torch.randn(3, 128, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_prune_on_load_save_and_load_compressed(method, dtype, tiny_llama, tmp_path):
+    config = make_config(method, "2:4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, sparsity_config=config, device_map="auto", dtype=dtype
+    )
+    assert model.device.type == "cuda"
+    for layer in model.hf_quantizer.report.pruned:
+        weight = model.get_submodule(layer.name).weight
+        assert ((weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 199, (2, 9), device="cuda")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda", run_compressed=True)
+    assert torch.equal(dense(ids).logits, model(ids).logits)
+    torch.testing.assert_close(small(ids).logits, dense(ids).logits)
+    assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 13)
+
+
+def test_offloaded_model_computed_on_the_device_equals_one_in_memory():
+    config = make_config("sparsegpt", "2:4")
+    whole = Pruner(make_model("llama").cuda()).prune(config)
+    model = make_model("llama")
+    names = [name for name, module in model.named_modules() if not list(module.children())]
+    device_map = {name: "cpu" if ".layers." in name else 0 for name in names}
+    model = dispatch_model(model, device_map, main_device=0)
+    model = Pruner(model).prune(config)
+    expected = whole.state_dict()
+    state, _ = model.hf_quantizer.get_state_dict_and_metadata(model)
+    reference, _ = whole.hf_quantizer.get_state_dict_and_metadata(whole)
+    assert expected
+    for name, tensor in reference.items():
+        if ".layers." in name and "proj" in name:
+            assert torch.equal(state[name].cpu(), tensor.cpu()), name

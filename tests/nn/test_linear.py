@@ -1,0 +1,95 @@
+"""SparseLinear is nn.Linear with the dense weight, and its state dict is the disk format."""
+
+import pytest
+import torch
+from helpers import random_weight
+from torch.nn import functional as F
+
+from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
+from optimum_sparse.formats import bitmask
+from optimum_sparse.nn import SparseLinear
+
+
+PATTERNS = [NM(2, 4), NM(3, 5), NM(4, 8), Unstructured(0.5), Unstructured(0.3), Unstructured(0)]
+
+
+def pruned(pattern: Pattern, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    weight = random_weight(7, 40)
+    return (weight * keep_mask(weight.abs(), pattern)).to(dtype)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_forward_equals_the_dense_layer(pattern: Pattern, dtype: torch.dtype, with_bias: bool):
+    weight, bias = pruned(pattern, dtype), random_weight(1, 7)[0].to(dtype) if with_bias else None
+    linear = SparseLinear.from_dense(weight, bias, pattern)
+    for shape in ((40,), (3, 40), (2, 5, 40)):
+        x = random_weight(1, torch.Size(shape).numel()).reshape(shape).to(dtype)
+        assert torch.equal(linear(x), F.linear(x, weight, bias))
+    assert torch.equal(linear.to_dense(), weight)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_state_dict_is_the_disk_format_and_loads_into_an_empty_layer(pattern: Pattern):
+    weight = pruned(pattern, torch.bfloat16)
+    state = SparseLinear.from_dense(weight, None, pattern).state_dict()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
+        name: (shape, dtype or torch.bfloat16) for name, (shape, dtype) in bitmask.layout((7, 40), pattern).items()
+    }
+    for device in ("cpu", "meta"):
+        empty = SparseLinear(40, 7, False, pattern, torch.bfloat16, device)
+        empty.load_state_dict(state, assign=device == "meta")
+        empty.validate()
+        assert torch.equal(empty.to_dense(), weight)
+
+
+def test_names_of_the_state_dict():
+    names = {"weight", "weight_mask", "bias"}
+    assert set(SparseLinear(8, 2, True, NM(2, 4)).state_dict()) == names
+    assert set(SparseLinear(8, 2, True, Unstructured(0.5)).state_dict()) == names | {"weight_rows"}
+    assert set(SparseLinear(8, 2, False, NM(2, 4)).state_dict()) == names - {"bias"}
+
+
+def test_a_dense_weight_does_not_load_into_it():
+    """A wrong reader must fail on the shape; the same holds in the other direction."""
+    linear = SparseLinear(8, 2, False, NM(2, 4))
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        linear.load_state_dict({"weight": torch.zeros(2, 8)}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        torch.nn.Linear(8, 2, bias=False).load_state_dict(linear.state_dict(), strict=False)
+
+
+def test_moving_to_another_dtype_changes_values_and_not_the_mask():
+    linear = SparseLinear.from_dense(pruned(Unstructured(0.5)), torch.zeros(7), Unstructured(0.5)).to(torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in linear.state_dict().items()} == {
+        "weight": torch.bfloat16,
+        "bias": torch.bfloat16,
+        "weight_mask": torch.uint8,
+        "weight_rows": torch.int64,
+    }
+    linear.validate()
+    assert linear(torch.zeros(1, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_bias_is_shared_and_gradients_reach_inputs_but_not_values():
+    dense = torch.nn.Linear(40, 7)
+    dense.weight.data = pruned(NM(2, 4))
+    linear = SparseLinear.from_dense(dense.weight, dense.bias, NM(2, 4))
+    assert linear.bias is dense.bias
+    x = torch.zeros(1, 40, requires_grad=True)
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad[0], dense.weight.sum(0).detach())
+    assert linear.weight.grad is None
+
+
+def test_validate_finds_a_damaged_layer():
+    linear = SparseLinear.from_dense(pruned(NM(2, 4)), None, NM(2, 4))
+    linear.validate()
+    linear.weight_mask[0, 0] ^= 1
+    with pytest.raises(ValueError, match="the file is damaged"):
+        linear.validate()
+
+
+def test_text_says_sizes_and_pattern():
+    assert str(SparseLinear(8, 2, False, NM(2, 4))) == "SparseLinear(8, 2, bias=False, pattern='2:4')"

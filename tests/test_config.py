@@ -1,0 +1,224 @@
+"""SparsityConfig: round trips, and what names and overrides mean."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimum_sparse.config import SparsityConfig, describe_dataset, matches
+from optimum_sparse.core import NM, Unstructured
+from optimum_sparse.methods import Magnitude, SparseGPT, Wanda
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+Q1 = "model.layers.1.self_attn.q_proj"
+Q10 = "model.layers.10.self_attn.q_proj"
+DOWN1 = "model.layers.1.mlp.down_proj"
+
+
+# ---- storing
+
+names = st.sampled_from(["q_proj", "mlp", "model.layers.0", r"re:.*\.(up|gate)_proj", "lm_head"])
+patterns = st.one_of(
+    st.tuples(st.just("unstructured"), st.one_of(st.none(), st.floats(0, 1, exclude_max=True))),
+    st.tuples(st.sampled_from(["2:4", "1:4", "3:5", "16:32"]), st.none()),
+)
+configs = st.builds(
+    lambda pattern, **rest: SparsityConfig(pattern=pattern[0], sparsity=pattern[1], **rest),
+    pattern=patterns,
+    method=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    dataset=st.sampled_from(["c4", "wikitext2", "self", "org/name:subset", "/a/file.txt"]),
+    num_samples=st.integers(1, 10**6),
+    sequence_length=st.integers(1, 10**6),
+    batch_size=st.integers(1, 64),
+    seed=st.integers(0, 2**40),
+    damping=st.one_of(st.floats(0, 999), st.integers(0, 9)),
+    block_size=st.integers(1, 4096),
+    targets=st.one_of(st.none(), st.lists(names)),
+    ignore=st.lists(names),
+    layers=st.dictionaries(names, st.one_of(st.sampled_from(["dense", "4:8"]), st.floats(0, 1, exclude_max=True))),
+    block_name=st.sampled_from([None, "model.layers"]),
+    run_compressed=st.booleans(),
+)
+
+
+@given(config=configs)
+def test_json_round_trip(config: SparsityConfig):
+    stored = json.loads(json.dumps(config.to_dict()))
+    again = SparsityConfig.from_dict(stored)
+    assert again.to_dict() == config.to_dict() == stored
+    assert again.build_method() == config.build_method()
+    for name in (Q0, DOWN1, "lm_head"):
+        try:
+            expected = config.pattern_for(name)
+        except ValueError:
+            continue
+        assert again.pattern_for(name) == expected
+
+
+def test_defaults_are_the_papers():
+    config = SparsityConfig()
+    assert config.pattern_for(Q0) == NM(2, 4)
+    assert config.build_method() == SparseGPT(damping=0.01, block_size=128)
+    assert (config.dataset, config.num_samples, config.sequence_length, config.sparsity) == ("c4", 128, 2048, 0.5)
+
+
+def test_run_compressed_belongs_to_a_load_and_is_not_stored():
+    config = SparsityConfig(run_compressed=True)
+    assert "run_compressed" not in config.to_dict()
+    assert config.get_loading_attributes() == {"run_compressed": True}
+    assert SparsityConfig.from_dict(config.to_dict()).run_compressed is False
+
+
+def test_a_stored_config_says_how_to_read_it():
+    stored = SparsityConfig().to_dict()
+    assert (
+        stored["quant_method"],
+        stored["format"],
+        stored["format_version"],
+        stored["pattern"],
+        stored["sparsity"],
+    ) == (
+        "sparsity",
+        "bitmask",
+        1,
+        "2:4",
+        0.5,
+    )
+
+
+def test_from_dict_does_not_modify_what_it_reads():
+    stored = SparsityConfig(layers={"mlp": "dense"}).to_dict()
+    before = copy.deepcopy(stored)
+    SparsityConfig.from_dict(stored, run_compressed=True)
+    assert stored == before
+
+
+def test_arguments_of_from_dict_override_and_are_checked():
+    assert SparsityConfig.from_dict({"method": "wanda"}, run_compressed=True).run_compressed is True
+    config, unused = SparsityConfig.from_dict({}, return_unused_kwargs=True, damping=0.5, revision="main")
+    assert (config.damping, unused) == (0.5, {"revision": "main"})
+    with pytest.raises(ValueError, match="run_compressed='yes'"):
+        SparsityConfig.from_dict({}, run_compressed="yes")
+
+
+def test_build_method_passes_on_the_parameters():
+    assert SparsityConfig(damping=0.3, block_size=64).build_method() == SparseGPT(0.3, 64)
+    assert SparsityConfig(method="wanda").build_method() == Wanda()
+    assert SparsityConfig(method="magnitude").build_method() == Magnitude()
+
+
+# ---- datasets
+
+
+@pytest.mark.parametrize(
+    ("dataset", "other", "described"),
+    [
+        (torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]]), "tokens [2, 2]"),
+        (["one text", "two"], ["one text", "three"], "2 texts"),
+        (["one text", "two"], ["one", "text two"], "2 texts"),
+    ],
+)
+def test_data_in_memory_is_stored_by_its_fingerprint(dataset, other, described: str):
+    stored = SparsityConfig(dataset=dataset).to_dict()["dataset"]
+    assert json.loads(json.dumps(stored)) == stored
+    assert described in stored
+    assert "sha256" in stored
+    assert stored == describe_dataset(copy.deepcopy(dataset))
+    assert stored != describe_dataset(other)
+    assert SparsityConfig.from_dict({"dataset": stored}).to_dict()["dataset"] == stored
+
+
+def test_fingerprint_of_tokens_does_not_depend_on_dtype_or_strides():
+    ids = torch.arange(12).reshape(3, 4)
+    assert describe_dataset(ids) == describe_dataset(ids.int()) == describe_dataset(ids.T.contiguous().T)
+
+
+def test_names_and_loaders_are_described():
+    assert describe_dataset("wikitext2") == "wikitext2"
+    assert describe_dataset(torch.utils.data.DataLoader([1])) == "in memory: DataLoader"
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "expected"),
+    [
+        ("q_proj", Q0, True),
+        ("self_attn", Q0, True),
+        ("self_attn.q_proj", Q0, True),
+        ("model.layers.0", Q0, True),
+        (Q0, Q0, True),
+        ("layers.1", Q1, True),
+        ("layers.1", Q10, False),
+        ("1", Q10, False),
+        ("proj", Q0, False),
+        ("q_pro", Q0, False),
+        ("ayers.0", Q0, False),
+        ("model.self_attn", Q0, False),
+        (Q0 + ".weight", Q0, False),
+        ("lm_head", "lm_head", True),
+        ("lm_head", "model.lm_head.0", True),
+        ("lm_head", "old_lm_head", False),
+        ("layersX0", "layersX0", True),
+        ("layers.0", "layersX0", False),
+        ("q.proj", Q0, False),
+        ("re:.*q_proj", Q0, True),
+        ("re:q_proj", Q0, False),
+        ("re:model", Q0, False),
+        (r"re:model\.layers\.\d\..*", Q0, True),
+        (r"re:model\.layers\.\d\..*", Q10, False),
+        ("re:a|.*q_proj", Q0, True),
+        ("re:.*q_proj|a", Q0 + "x", False),
+    ],
+)
+def test_matches(rule: str, name: str, expected: bool):
+    assert matches(rule, name) is expected
+
+
+# ---- which pattern a layer gets
+
+
+def test_targets_choose_and_ignore_takes_out_again():
+    config = SparsityConfig(targets=["layers.1"], ignore=["down_proj", "lm_head"])
+    assert config.pattern_for(Q1) == NM(2, 4)
+    assert config.pattern_for(Q10) == config.pattern_for(Q0) == "not in targets"
+    assert config.pattern_for(DOWN1) == "ignored by 'down_proj'"
+
+
+def test_no_target_is_not_every_target():
+    assert SparsityConfig(targets=[]).pattern_for(Q0) == "not in targets"
+    assert SparsityConfig(targets=None).pattern_for(Q0) == NM(2, 4)
+
+
+def test_layers_give_another_pattern_a_sparsity_or_none():
+    config = SparsityConfig(layers={"layers.0": "4:8", "layers.1.mlp": 0.3, "layers.10": "dense", "zero": 0})
+    assert config.pattern_for(Q0) == NM(4, 8)
+    assert config.pattern_for(DOWN1) == Unstructured(0.3)
+    assert config.pattern_for(Q10) == "dense by layers['layers.10']"
+    assert config.pattern_for(Q1) == NM(2, 4)
+    assert config.pattern_for("zero") == Unstructured(0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_dense_wins(order: int):
+    layers = [("layers.0", "4:8"), ("q_proj", "dense"), ("self_attn", 0.7)][::order]
+    assert SparsityConfig(layers=dict(layers)).pattern_for(Q0) == "dense by layers['q_proj']"
+
+
+def test_ignore_wins_over_layers():
+    assert SparsityConfig(ignore=["q_proj"], layers={"q_proj": "4:8"}).pattern_for(Q0) == "ignored by 'q_proj'"
+
+
+def test_layers_that_disagree_are_an_error_and_those_that_agree_are_not():
+    config = SparsityConfig(layers={"layers.0": "4:8", "q_proj": 0.5})
+    with pytest.raises(
+        ValueError, match=rf"{Q0} different patterns, by \['layers\.0', 'q_proj'\]: make one name more"
+    ):
+        config.pattern_for(Q0)
+    assert config.pattern_for(Q1) == Unstructured(0.5)
+    assert SparsityConfig(layers={"layers.0": "4:8", "q_proj": "4:8"}).pattern_for(Q0) == NM(4, 8)

@@ -1,0 +1,393 @@
+"""The facade: what it takes, what it refuses, and that it writes all or nothing."""
+
+import copy
+import json
+
+import pytest
+import torch
+from models import (
+    assert_pattern,
+    assert_same_weights,
+    files_of,
+    logits,
+    make_config,
+    make_model,
+    stored_tensors,
+    token_ids,
+    weights_of,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoModelForCausalLM
+
+from optimum_sparse import Pruner, SparsityConfig
+from optimum_sparse.core import InputStats, Needs, Solved, keep_mask
+
+
+# ---- models and tokenizers
+
+
+@pytest.mark.parametrize("kind", ["str", "Path", "model"])
+def test_kinds_of_models(kind, tiny_llama):
+    given = {"str": str(tiny_llama), "Path": tiny_llama, "model": AutoModelForCausalLM.from_pretrained(tiny_llama)}[kind]
+    pruner = Pruner.from_pretrained(given)
+    model = pruner.prune(make_config("wanda"))
+    assert model is pruner.model
+    assert (model is given) == (kind == "model")
+    wanted = Pruner(AutoModelForCausalLM.from_pretrained(tiny_llama)).prune(make_config("wanda"))
+    assert_same_weights(model, wanted)
+    assert len(pruner.report.pruned) == 14
+    assert model.hf_quantizer.report is pruner.report
+
+
+def test_arguments_for_loading(tiny_llama):
+    pruner = Pruner.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    assert pruner.model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="'dtype'.*only for loading"):
+        Pruner.from_pretrained(pruner.model, dtype=torch.float16)
+
+
+def test_the_tokenizer_is_found_beside_the_model(tiny_llama, tokenizer):
+    text = "w5 w6 w199"
+    wanted = tokenizer(text)["input_ids"]
+    assert Pruner.from_pretrained(tiny_llama).tokenizer(text)["input_ids"] == wanted
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert Pruner.from_pretrained(model).tokenizer(text)["input_ids"] == wanted
+    assert Pruner.from_pretrained(make_model("llama"), tokenizer=str(tiny_llama)).tokenizer(text)["input_ids"] == wanted
+    assert Pruner.from_pretrained(make_model("llama"), tokenizer=tokenizer).tokenizer is tokenizer
+    assert Pruner.from_pretrained(make_model("llama")).tokenizer is None
+
+
+def test_text_needs_a_tokenizer():
+    model = make_model("llama")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        Pruner.from_pretrained(model).prune(make_config("wanda", dataset=["w5 w6"]))
+    assert_same_weights(model, before)
+    Pruner.from_pretrained(model).prune(make_config("magnitude", dataset=["w5 w6"]))  # sees no data
+    assert_pattern(model.model.layers[0].mlp.up_proj.weight, "2:4")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, nn.Linear(4, 4), {"weight": torch.ones(4, 4)}])
+def test_other_models_are_refused(wrong):
+    with pytest.raises(TypeError):
+        Pruner(wrong).prune(make_config("magnitude"))
+
+
+@pytest.mark.parametrize("wrong", [None, "2:4", {"pattern": "2:4"}, SparsityConfig])
+def test_other_configs_are_refused(wrong, tiny_llama):
+    with pytest.raises(TypeError, match=f"config must be a SparsityConfig, got {type(wrong).__name__}"):
+        Pruner.from_pretrained(tiny_llama).prune(wrong)
+
+
+def test_a_quantized_model_is_refused():
+    model = make_model("llama")
+
+    class Other:
+        quantization_config = type("Config", (), {"quant_method": "gptq"})()
+
+    model.hf_quantizer = Other()
+    with pytest.raises(ValueError, match=r"quantized \(gptq\)"):
+        Pruner.from_pretrained(model).prune(make_config("magnitude"))
+
+
+def test_training_mode_and_gradients_are_left_as_they_were():
+    for training in (False, True):
+        model = make_model("llama", attention_dropout=0.5).train(training)
+        Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
+        assert all(module.training == training for module in model.modules())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    first, second = make_model("llama", attention_dropout=0.5), make_model("llama", attention_dropout=0.5).train()
+    for model in (first, second):
+        Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
+    assert_same_weights(first, second)
+
+
+# ---- calibration data
+
+
+def padded(side: str) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+    """Batches with padding on one side, and the same sequences one by one without it."""
+    batches, sequences = [], []
+    for number, lengths in enumerate(([20, 7, 13], [16, 16, 16], [5, 20, 9])):
+        ids, mask = torch.zeros(3, 20, dtype=torch.int64), torch.zeros(3, 20, dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            sequence = token_ids(1, length, seed=10 * number + row)[0]
+            place = slice(20 - length, 20) if side == "left" else slice(0, length)
+            ids[row, place], mask[row, place] = sequence, 1
+            sequences.append(sequence[None])
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
+    return batches, sequences
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_padding_does_not_count(architecture, side):
+    """A DataLoader of padded batches gives the statistics of the sequences without padding."""
+    batches, sequences = padded(side)
+    reports = []
+    for dataset in (DataLoader(batches, batch_size=None), sequences):
+        pruner = Pruner.from_pretrained(make_model(architecture))
+        pruner.prune(make_config("sparsegpt"), dataset=dataset)
+        reports.append({layer.name: layer.error for layer in pruner.report.layers})
+    assert reports[0].keys() == reports[1].keys()
+    for name, error in reports[0].items():
+        assert error == pytest.approx(reports[1][name], rel=1e-3), name
+    pruner = Pruner.from_pretrained(make_model(architecture))
+    pruner.prune(make_config("sparsegpt"), dataset=[{"input_ids": batch["input_ids"]} for batch in batches])
+    assert any(layer.error != pytest.approx(reports[1][layer.name], rel=0.02) for layer in pruner.report.layers)
+
+
+def test_kinds_of_batches_give_the_same_model(tiny_llama):
+    ids = token_ids()
+    wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("wanda"))
+    for dataset in (
+        list(ids.split(4)),
+        [{"input_ids": part} for part in ids.split(4)],
+        DataLoader(ids, batch_size=4),
+        ({"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)),
+        ids,
+    ):
+        model = Pruner.from_pretrained(tiny_llama).prune(make_config("wanda", dataset="c4"), dataset=dataset)
+        assert_same_weights(model, wanted)
+        assert model.config.quantization_config.to_dict()["dataset"].startswith("in memory")
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_batch_size_only_changes_rounding(method, tiny_llama):
+    errors = []
+    for batch_size in (1, 4, 6):
+        pruner = Pruner.from_pretrained(tiny_llama)
+        pruner.prune(make_config(method, batch_size=batch_size))
+        errors.append([layer.error for layer in pruner.report.layers])
+    for error in errors[1:]:
+        assert error == pytest.approx(errors[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[1, 200]]), torch.tensor([[-1, 3]])])
+def test_token_ids_that_the_model_does_not_have(ids, tiny_llama):
+    pruner = Pruner.from_pretrained(tiny_llama)
+    before = weights_of(pruner.model)
+    with pytest.raises(ValueError, match="use the model's own tokenizer"):
+        pruner.prune(make_config("wanda"), dataset=[ids])
+    assert_same_weights(pruner.model, before)
+
+
+def test_sequences_that_are_too_long(tiny_llama):
+    config = make_config("wanda", dataset=token_ids(1, 65), num_samples=1, sequence_length=65)
+    with pytest.raises(ValueError, match="sequences of 65 tokens; the model takes 64"):
+        Pruner.from_pretrained(tiny_llama).prune(config)
+
+
+def test_self_sampled_data_depends_on_the_seed_alone(tiny_llama):
+    def prune(seed, **changes):
+        config = make_config("wanda", dataset="self", num_samples=3, sequence_length=10, seed=seed, **changes)
+        return Pruner.from_pretrained(tiny_llama).prune(config)
+
+    state = torch.get_rng_state()
+    first = prune(0)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on as if nothing had happened
+    torch.manual_seed(123)
+    torch.rand(7)
+    assert_same_weights(prune(0), first)
+    weights, others = first.state_dict(), prune(1).state_dict()
+    assert any(not torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_self_sampling_ignores_the_models_generation_config(tiny_llama):
+    config = make_config("wanda", dataset="self", num_samples=3, sequence_length=10)
+    wanted = Pruner.from_pretrained(tiny_llama).prune(config)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.generation_config.update(temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=50)
+    before = model.generation_config.to_dict()
+    assert_same_weights(Pruner.from_pretrained(model).prune(config), wanted)
+    assert model.generation_config.to_dict() == before
+
+
+def test_self_sampling_needs_a_head(tiny_llama):
+    model = AutoModel.from_pretrained(tiny_llama)
+    with pytest.raises(ValueError, match=r"dataset='self'.*LlamaModel"):
+        Pruner.from_pretrained(model).prune(make_config("wanda", dataset="self"))
+
+
+# ---- a method of one's own
+
+
+class SmallestInput:
+    """Keeps what multiplies the weakest inputs: nobody's method, and so nobody's result by accident."""
+
+    def __init__(self, needs: Needs):
+        self.needs = needs
+        self.seen: list[tuple] = []
+
+    def solve(self, weight: torch.Tensor, stats: InputStats | None, pattern) -> Solved:
+        self.seen.append((tuple(weight.shape), stats, pattern))
+        score = -stats.mean_square.expand_as(weight) if stats is not None else -weight.abs()
+        keep = keep_mask(score, pattern)
+        return Solved(weight * keep, keep)
+
+
+@pytest.mark.parametrize("needs", list(Needs))
+def test_a_method_object(needs, tmp_path):
+    model = make_model("llama")
+    before = weights_of(model)
+    method = SmallestInput(needs)
+    pruner = Pruner.from_pretrained(model)
+    pruner.prune(make_config("magnitude"), method=method)
+    assert len(method.seen) == len(pruner.report.pruned) == 14
+    for name, module in model.model.layers[0].named_modules():
+        if isinstance(module, nn.Linear):
+            assert_pattern(module.weight, "2:4")
+            kept = module.weight != 0
+            assert torch.equal(module.weight[kept], before[f"model.layers.0.{name}.weight"][kept])
+            if needs > Needs.NOTHING:  # the same columns in every row
+                assert (kept == kept[0]).all()
+    if needs is Needs.NOTHING:
+        assert all(stats is None for _, stats, _ in method.seen)
+    else:
+        assert all(stats.mean_square.shape == (shape[1],) for shape, stats, _ in method.seen)
+    if needs is Needs.GRAM:
+        assert all(stats.gram.shape == (shape[1], shape[1]) for shape, stats, _ in method.seen)
+    model.save_pretrained(tmp_path)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_a_method_that_breaks_the_pattern_cannot_be_saved(tmp_path):
+    class Careless:
+        needs = Needs.NOTHING
+
+        def solve(self, weight, stats, pattern):
+            return Solved(weight, torch.ones_like(weight, dtype=torch.bool))
+
+    pruner = Pruner.from_pretrained(make_model("llama"))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be stored as 2:4"):
+        pruner.prune(make_config("magnitude"), method=Careless()).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+# ---- layers that cannot be pruned
+
+
+@pytest.mark.parametrize("run_compressed", [False, True])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_layer_that_no_token_reaches_stays_dense(method, run_compressed, tmp_path):
+    """As an expert that the router never chose. What is stored says so, and the checkpoint loads again."""
+    model = make_model("llama")
+    up = model.model.layers[1].mlp.up_proj
+    weight = up.weight.detach().clone()
+
+    class ByHand(nn.Module):  # computes without calling the linear's forward
+        def __init__(self, mlp):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+        def forward(self, x):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * (x @ self.up_proj.weight.T))
+
+    whole = model.model.layers[1].mlp
+    model.model.layers[1].mlp = ByHand(whole)
+    pruner = Pruner.from_pretrained(model)
+    pruner.prune(make_config(method))
+    model.model.layers[1].mlp = whole
+    name = "model.layers.1.mlp.up_proj"
+    assert {layer.name: layer.skipped for layer in pruner.report.skipped} == {name: "no calibration token reached it"}
+    assert torch.equal(up.weight, weight)
+    assert_pattern(whole.down_proj.weight, "2:4")
+    assert name in str(pruner.report)
+    model.save_pretrained(tmp_path / "one")
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    assert stored["layers"] == {name: "dense"}
+    assert torch.equal(stored_tensors(tmp_path / "one")[f"{name}.weight"], weight)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one", run_compressed=run_compressed)
+    torch.testing.assert_close(logits(again), logits(model))
+    assert torch.equal(again.get_submodule(name).weight, weight)
+    again.save_pretrained(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_inputs_that_are_not_finite_are_refused_with_the_layers_name(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj hold NaN"):
+        Pruner.from_pretrained(model).prune(make_config("wanda"))
+
+
+def test_pruning_twice_is_pruning_what_is_left(tiny_llama):
+    pruner = Pruner.from_pretrained(tiny_llama)
+    pruner.prune(make_config("magnitude", "unstructured", sparsity=0.3))
+    once = copy.deepcopy(pruner.model.model.layers[0].mlp.up_proj.weight.detach())
+    pruner.prune(make_config("magnitude", "unstructured", sparsity=0.6))
+    twice = pruner.model.model.layers[0].mlp.up_proj.weight.detach()
+    assert_pattern(twice, "unstructured", 0.6)
+    assert ((twice == 0) >= (once == 0)).all()
+    wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", "unstructured", sparsity=0.6))
+    assert_same_weights(pruner.model, wanted)
+
+
+# ---- to disk
+
+
+def test_prune_to_disk(tiny_llama, tmp_path):
+    pruner = Pruner.from_pretrained(tiny_llama)
+    output = pruner.prune_to_disk(make_config("wanda"), tmp_path / "deep" / "output", max_shard_size="20KB")
+    assert output == tmp_path / "deep" / "output"
+    names = set(files_of(output))
+    assert {"config.json", "sparsity_report.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert [path.name for path in output.parent.iterdir()] == ["output"]
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(output), pruner.model)
+    assert Pruner.from_pretrained(output).tokenizer is not None
+
+
+def test_prune_to_an_empty_folder(tiny_llama, tmp_path):
+    Pruner.from_pretrained(str(tiny_llama)).prune_to_disk(make_config("magnitude"), str(tmp_path))
+    assert "model.safetensors" in files_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["full folder", "file"])
+def test_existing_output_is_refused_before_any_work(kind, tiny_llama, tmp_path):
+    output = tmp_path / "output"
+    if kind == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+    pruner = Pruner.from_pretrained(tiny_llama)
+    before, files = weights_of(pruner.model), files_of(tmp_path)
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        pruner.prune_to_disk(make_config("magnitude"), output)
+    assert_same_weights(pruner.model, before)
+    assert pruner.report is None
+    assert files_of(tmp_path) == files
+
+
+@pytest.mark.parametrize("failing", ["model", "tokenizer", "report"])
+def test_a_failure_while_writing_leaves_nothing(failing, tiny_llama, tmp_path, monkeypatch):
+    pruner = Pruner.from_pretrained(tiny_llama)
+
+    def fail(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    if failing == "model":
+        saving = type(pruner.model).save_pretrained
+
+        def half(self, directory, **kwargs):
+            saving(self, directory, **kwargs)
+            fail()
+
+        monkeypatch.setattr(type(pruner.model), "save_pretrained", half)
+    elif failing == "tokenizer":
+        monkeypatch.setattr(pruner.tokenizer, "save_pretrained", fail)
+    else:
+        monkeypatch.setattr("optimum_sparse.hf.integration.write_report", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        pruner.prune_to_disk(make_config("magnitude"), tmp_path / "deep" / "output")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not (tmp_path / "deep" / "output").exists()
+
+
+def test_a_failure_while_pruning_leaves_nothing(tiny_llama, tmp_path):
+    pruner = Pruner.from_pretrained(tiny_llama)
+    with pytest.raises(ValueError, match="token ids go from"):
+        pruner.prune_to_disk(make_config("wanda", dataset=torch.full((6, 24), 900)), tmp_path / "output")
+    assert not list(tmp_path.iterdir())
