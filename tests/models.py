@@ -134,7 +134,7 @@ def linears_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def assert_pattern(weight: Tensor, pattern: str, sparsity: float = 0.5) -> None:
-    """weight [out, in] has exactly the zeros that the pattern asks for. Only for weights without zeros of their own."""
+    """weight [out, in] has exactly the zeros that the pattern asks for. For weights without zeros of their own."""
     zeros = weight == 0
     if pattern == "unstructured":
         assert int(zeros.sum()) == round(sparsity * weight.numel())

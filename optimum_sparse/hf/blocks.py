@@ -220,7 +220,7 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
                 model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             mask = batch.get("attention_mask")
             keep.append(None if mask is None or bool(mask.all()) else mask.bool())
-    if any(len(seen) != len(batches) for seen in (hidden, *arguments)):
+    if len(hidden) != len(batches) or any(len(seen) != len(batches) for seen in arguments):
         raise ValueError(problem)
     return Calls(hidden, arguments, keep)
 

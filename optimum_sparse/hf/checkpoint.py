@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from ..config import QUANT_METHOD, SparsityConfig
-from ..formats import FORMATS, bitmask
+from ..formats import bitmask
 from ..pipeline import Linear
 from ..report import PruningReport
 from .blocks import make_plan

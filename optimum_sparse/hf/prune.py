@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import calibration_batches
-from ..config import DENSE, SparsityConfig
+from ..config import DENSE, SparsityConfig, describe_dataset
 from ..core import Needs
 from ..methods import Method
 from ..nn import SparseLinear
@@ -38,6 +38,8 @@ def prune_model(
         The config as it is to be stored (layers that could not be pruned are "dense" in it), and the report.
     """
     _check(model)
+    # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
+    described = describe_dataset(config.dataset if dataset is None else dataset)
     method = method or config.build_method()
     plan = make_plan(model, config)
     _, blocks = find_blocks(model, config.block_name)
@@ -66,8 +68,7 @@ def prune_model(
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     report = PruningReport(sorted(layers + plan.skipped, key=lambda layer: order[layer.name]), seconds)
     stored = copy.copy(config)
-    if dataset is not None:
-        stored.dataset = dataset
+    stored.dataset = described
     left_out = [layer.name for layer in report.skipped if is_linear(model.get_submodule(layer.name))]
     stored.layers = config.layers | {
         name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)

@@ -7,6 +7,7 @@ from models import (
     ARCHITECTURES,
     EXPERTS,
     assert_pattern,
+    assert_same_weights,
     files_of,
     logits,
     make_config,
@@ -96,7 +97,7 @@ def test_block_name_finds_blocks_that_are_not_found():
             return self.block(*args, **kwargs)
 
     model.model.layers = nn.ModuleList(Unknown(block) for block in model.model.layers)
-    with pytest.raises(ValueError, match="no decoder blocks were found in LlamaForCausalLM.*block_name"):
+    with pytest.raises(ValueError, match=r"no decoder blocks were found in LlamaForCausalLM.*block_name"):
         find_blocks(model)
     name, blocks = find_blocks(model, "model.layers")
     assert (name, blocks) == ("model.layers", model.model.layers)
@@ -232,7 +233,7 @@ def test_models_that_do_not_run_each_block_once_are_refused(order):
     del model.model.layers
     object.__setattr__(model.model, "layers", [blocks[index] for index in order])  # what the forward pass goes through
     model.config.num_hidden_layers = len(order)
-    message = "LlamaForCausalLM (did not call each of its 3 blocks once per batch|never called the first of its blocks)"
+    message = "LlamaForCausalLM (did not call each of its 3 blocks once per batch|never called the first of its)"
     with pytest.raises(ValueError, match=message):
         record_calls(model, blocks, [{"input_ids": token_ids(1, 8)}])
     assert all("forward" not in block.__dict__ and not block._forward_hooks for block in blocks)
@@ -304,7 +305,9 @@ def test_ignored_experts_stay_dense_and_are_named(architecture, pattern, tmp_pat
         )
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert sum(isinstance(module, SparseLinear) for module in loaded.modules()) == len(pruned) * run_compressed
-        torch.testing.assert_close(logits(loaded), wanted, rtol=0 if not run_compressed else 1e-5, atol=0 if not run_compressed else 1e-5)
+        torch.testing.assert_close(logits(loaded), wanted)
+        if not run_compressed:
+            assert_same_weights(loaded, model)
         loaded.save_pretrained(tmp_path / f"again{run_compressed}")
         assert files_of(tmp_path / f"again{run_compressed}") == files_of(tmp_path / "one")
 
@@ -321,7 +324,9 @@ def test_widths_that_do_not_divide_are_refused_with_their_names():
     assert_pattern(model.model.layers[0].mlp.up_proj.weight, "2:4")
 
 
-@pytest.mark.parametrize("rules", [dict(targets=["q_prj"]), dict(ignore=["lm_haed"]), dict(layers={"layers.7": "dense"})])
+@pytest.mark.parametrize(
+    "rules", [dict(targets=["q_prj"]), dict(ignore=["lm_haed"]), dict(layers={"layers.7": "dense"})]
+)
 def test_names_that_match_nothing_are_refused(rules):
     rule = next(iter(next(iter(rules.values()))))
     with pytest.raises(ValueError, match=f"'{rule}', which matches no module of LlamaForCausalLM"):

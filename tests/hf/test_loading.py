@@ -52,7 +52,9 @@ ON_LOAD = {
     "native class, quantization_config": lambda path, config: LlamaForCausalLM.from_pretrained(
         path, quantization_config=config
     ),
-    "SparseModelForCausalLM": lambda path, config: SparseModelForCausalLM.from_pretrained(path, sparsity_config=config),
+    "SparseModelForCausalLM": lambda path, config: SparseModelForCausalLM.from_pretrained(
+        path, sparsity_config=config
+    ),
     "by position": lambda path, config: SparseModelForCausalLM.from_pretrained(path, config),
     "device_map cpu": lambda path, config: AutoModelForCausalLM.from_pretrained(
         path, sparsity_config=config, device_map="cpu"
@@ -63,9 +65,7 @@ ON_LOAD = {
     "device_map by module": lambda path, config: AutoModelForCausalLM.from_pretrained(
         path, quantization_config=config, device_map={"": "cpu"}
     ),
-    "path object": lambda path, config: AutoModelForCausalLM.from_pretrained(
-        type(path)(path), sparsity_config=config
-    ),
+    "path object": lambda path, config: AutoModelForCausalLM.from_pretrained(type(path)(path), sparsity_config=config),
 }
 
 
@@ -99,7 +99,7 @@ def test_config_as_a_dict(argument, tiny_llama):
         config["quant_method"] = "sparsity"
     given = copy.deepcopy(config)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, **{argument: config})
-    wanted = AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=make_config("magnitude", ignore=["o_proj"]))
+    wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", ignore=["o_proj"]))
     assert_same_weights(model, wanted)
     assert config == given
 
@@ -328,9 +328,7 @@ def test_saving_again_gives_the_same_files(pattern, run_compressed, sparse_check
     model.save_pretrained(tmp_path)
     assert {"model.safetensors", "config.json", "sparsity_report.json"} <= set(files_of(tmp_path))
     assert files_of(tmp_path) == files_of(sparse_checkpoints[pattern])
-    assert str(model.hf_quantizer.report) == str(
-        AutoModelForCausalLM.from_pretrained(tmp_path).hf_quantizer.report
-    )
+    assert str(model.hf_quantizer.report) == str(AutoModelForCausalLM.from_pretrained(tmp_path).hf_quantizer.report)
 
 
 @pytest.mark.parametrize("run_compressed", MODES)
@@ -534,7 +532,8 @@ def test_install_and_uninstall_can_be_repeated(tiny_llama, sparse_checkpoints):
         )
     finally:
         optimum_sparse.install()
-    assert_pattern(AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"]).model.layers[0].mlp.up_proj.weight, "2:4")
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"])
+    assert_pattern(model.model.layers[0].mlp.up_proj.weight, "2:4")
     once = state()
     optimum_sparse.uninstall()
     assert state() == bare
@@ -581,3 +580,23 @@ def test_loading_does_not_write(sparse_checkpoints, tiny_llama):
         AutoConfig.from_pretrained(path)
         assert sha256(path / "model.safetensors") == before
         assert set(files_of(path)) == names
+
+
+@pytest.mark.parametrize("kind", ["whole", "without its head", "mixtral"])
+def test_inspect_counts_every_byte(kind, tiny_llama, tmp_path):
+    """Also where modules have other names on disk than in the model."""
+    config = make_config("magnitude", "unstructured", ignore=["experts"] if kind == "mixtral" else [])
+    model = make_model("mixtral") if kind == "mixtral" else AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = Pruner.from_pretrained(model).prune(config)
+    model.save_pretrained(tmp_path / "whole")
+    if kind == "without its head":
+        AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
+    folder = tmp_path / ("base" if kind == "without its head" else "whole")
+    info = inspect(str(folder))
+    assert set(info.matrices) == {layer.name for layer in model.hf_quantizer.report.pruned}
+    for name, (pattern, shape, _, dense) in info.matrices.items():
+        assert pattern == "unstructured 0.5"
+        assert shape == list(model.get_submodule(name).weight.shape)
+        assert dense == 4 * shape[0] * shape[1]
+    total = sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(folder).values())
+    assert sum(stored for _, _, stored, _ in info.matrices.values()) + info.other_bytes == total

@@ -95,13 +95,12 @@ def test_offloaded_to_disk_by_accelerate(method, pattern, dense, wanted, tmp_pat
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("disk", [{1}, {0, 1, 2}, {2}])
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_offloaded_to_disk_by_from_pretrained(
-    method, pattern, disk, sharded, dense, dense_sharded, wanted, tmp_path
-):
+def test_offloaded_to_disk_by_from_pretrained(method, pattern, disk, sharded, dense, dense_sharded, wanted, tmp_path):
     """transformers' index of offloaded weights points into the user's own files: these must not be written."""
     source = dense_sharded if sharded else dense
     before = files_of(source)
-    model = AutoModelForCausalLM.from_pretrained(source, device_map=layer_map(disk), offload_folder=tmp_path / "offload")
+    offload = dict(device_map=layer_map(disk), offload_folder=tmp_path / "offload")
+    model = AutoModelForCausalLM.from_pretrained(source, **offload)
     for layer in range(3):
         assert model.model.layers[layer].mlp.up_proj.weight.is_meta == (layer in disk)
     Pruner.from_pretrained(model).prune(make_config(method, pattern))
