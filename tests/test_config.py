@@ -1,6 +1,7 @@
 """SparsityConfig: round trips, and what names and overrides mean."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -63,7 +64,13 @@ def test_defaults_are_the_papers():
     config = SparsityConfig()
     assert config.pattern_for(Q0) == NM(2, 4)
     assert config.build_method() == SparseGPT(damping=0.01, block_size=128)
-    assert (config.dataset, config.num_samples, config.sequence_length, config.sparsity) == ("c4", 128, 2048, 0.5)
+    assert (config.dataset, config.num_samples, config.sequence_length, config.sparsity) == ("c4", 128, 2048, None)
+
+
+def test_a_config_can_be_replaced_by_one_with_another_pattern():
+    assert dataclasses.replace(SparsityConfig(), pattern="1:4").pattern_for(Q0) == NM(1, 4)
+    assert dataclasses.replace(SparsityConfig(), pattern="unstructured").sparsity == 0.5
+    assert SparsityConfig(pattern="2:4", sparsity=0.5) == SparsityConfig(pattern="2:4")
 
 
 def test_run_compressed_belongs_to_a_load_and_is_not_stored():
@@ -86,7 +93,7 @@ def test_a_stored_config_says_how_to_read_it():
         "bitmask",
         1,
         "2:4",
-        0.5,
+        None,
     )
 
 

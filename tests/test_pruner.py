@@ -150,11 +150,7 @@ KINDS_OF_BATCHES = {
 }
 
 
-# describe_dataset takes every list for a list of texts
-LISTS = pytest.mark.xfail(reason="config.describe_dataset joins the items of any list", raises=TypeError, strict=True)
-
-
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=LISTS if "list" in k else ()) for k in KINDS_OF_BATCHES])
+@pytest.mark.parametrize("kind", KINDS_OF_BATCHES)
 def test_kinds_of_batches_give_the_same_model(kind, tiny_llama, tmp_path):
     wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("wanda"))
     dataset = KINDS_OF_BATCHES[kind](token_ids())

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..config import SparsityConfig, matches
@@ -137,9 +136,9 @@ def full_name(model: PreTrainedModel) -> Callable[[str], str]:
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a linear layer that can be pruned. Subclasses (routers, adapters) have rules of their own.
 
-    Falcon's does not: it only multiplies and adds in two steps.
+    Falcon's has none: it only multiplies and adds in two steps.
     """
-    return type(module) in (nn.Linear, FalconLinear, Conv1D)
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 def _not_a_linear(module: nn.Module) -> str | None:

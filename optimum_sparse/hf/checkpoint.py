@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
@@ -74,15 +74,24 @@ def check_output(output: str | os.PathLike) -> None:
 
 def export_dense(source: str, output: str | os.PathLike) -> None:
     """Write a sparse checkpoint as an ordinary dense one, zeros in place, which loads without this package."""
-    config = AutoConfig.from_pretrained(source)
-    stored = getattr(config, "quantization_config", None)
-    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{source!r} is not a sparse checkpoint: its config.json has no quantization_config of ours.")
+    read_config(source)
     with new_directory(output) as directory:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         model.dequantize()
         model.save_pretrained(directory)
         copy_tokenizer(source, directory)
+
+
+def read_config(source: str) -> tuple[PreTrainedConfig, SparsityConfig]:
+    """The config of a sparse checkpoint, and the recipe in it. Raises ValueError for any other checkpoint."""
+    config = AutoConfig.from_pretrained(source)
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{source!r} is not a sparse checkpoint: its config.json has no quantization_config with "
+            f"quant_method={QUANT_METHOD!r}."
+        )
+    return config, SparsityConfig.from_dict(stored)
 
 
 def copy_tokenizer(source: str, directory: str | os.PathLike) -> None:
@@ -128,11 +137,7 @@ def inspect(source: str) -> CheckpointInfo:
     Raises:
         ValueError: not a sparse checkpoint, or tensors that are missing or of another shape.
     """
-    config = AutoConfig.from_pretrained(source)
-    stored = getattr(config, "quantization_config", None)
-    if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{source!r} is not a sparse checkpoint: its config.json has no quantization_config of ours.")
-    sparsity = SparsityConfig.from_dict(stored)
+    config, sparsity = read_config(source)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     headers = read_headers(_safetensors(Path(source)))

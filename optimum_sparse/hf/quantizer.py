@@ -1,11 +1,13 @@
 """The plug into transformers' loading and saving: prune on load, load dense or compressed, save compressed."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -137,6 +139,8 @@ class SparsityQuantizer(HfQuantizer):
         config = self.quantization_config
         codec = FORMATS[config.format]
         linears = make_plan(model, config, strict=False).linears
+        if _would_be_merged(model, linears):
+            model._weight_conversions = []
         state = model.state_dict()
         for name, linear in linears.items():
             weight = state.pop(f"{name}.weight")
@@ -206,6 +210,18 @@ class Decompress(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         return self
+
+
+def _would_be_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether transformers joins some of these weights with others on disk (gate and up in one matrix, say).
+
+    Compressed ones cannot be joined: such a model is stored under the names of its modules, which load as well.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    reverses = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
+    return any(reverse.rename_source_key(f"{name}.weight")[1] for reverse in reverses for name in names)
 
 
 def _is_ours(conversion: Any) -> bool:

@@ -75,7 +75,7 @@ CASES = [
             "0.5",
         ]
     ),
-    *(("dataset", value) for value in [None, "", 0, [], [1], ["text", None], {}, {"input_ids": 1}, b"c4", object()]),
+    *(("dataset", value) for value in [None, "", 0, [], [1], ["text", None], {}, {"input_ids": 1}, b"c4", object]),
     *(
         ("dataset", value)
         for value in [

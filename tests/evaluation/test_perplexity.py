@@ -65,9 +65,7 @@ def test_standard_error_is_of_the_mean_between_windows(model):
     ids = torch.randint(3, 200, (6, 33), generator=torch.Generator().manual_seed(3))
     losses = torch.tensor([math.log(perplexity(model, None, window[None]).perplexity) for window in ids])
     result = perplexity(model, None, ids)
-    assert result.standard_error == pytest.approx(
-        result.perplexity * (losses.std() / math.sqrt(6)).item(), rel=1e-3
-    )
+    assert result.standard_error == pytest.approx(result.perplexity * (losses.std() / math.sqrt(6)).item(), rel=1e-3)
 
 
 def test_too_short_a_text_says_how_long_it_is(model, tokenizer):

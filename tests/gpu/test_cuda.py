@@ -67,7 +67,10 @@ def test_bitmask_and_sparse_linear_on_the_device(pattern):
     assert torch.equal(bitmask.decode(tensors, (65, 128), pattern), weight)
     cpu = bitmask.encode(weight.cpu(), pattern)
     assert all(torch.equal(cpu[name], tensor.cpu()) for name, tensor in tensors.items())
-    linear, x = SparseLinear.from_dense(weight, None, pattern), torch.randn(3, 128, device="cuda", dtype=torch.bfloat16)
+    linear, x = (
+        SparseLinear.from_dense(weight, None, pattern),
+        torch.randn(3, 128, device="cuda", dtype=torch.bfloat16),
+    )
     assert torch.equal(linear(x), torch.nn.functional.linear(x, weight))
 
 
@@ -75,9 +78,7 @@ def test_bitmask_and_sparse_linear_on_the_device(pattern):
 @pytest.mark.parametrize("method", METHODS)
 def test_prune_on_load_save_and_load_compressed(method, dtype, tiny_llama, tmp_path):
     config = make_config(method, "2:4")
-    model = AutoModelForCausalLM.from_pretrained(
-        tiny_llama, sparsity_config=config, device_map="auto", dtype=dtype
-    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, device_map="auto", dtype=dtype)
     assert model.device.type == "cuda"
     for layer in model.hf_quantizer.report.pruned:
         weight = model.get_submodule(layer.name).weight

@@ -600,3 +600,22 @@ def test_inspect_counts_every_byte(kind, tiny_llama, tmp_path):
         assert dense == 4 * shape[0] * shape[1]
     total = sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(folder).values())
     assert sum(stored for _, _, stored, _ in info.matrices.values()) + info.other_bytes == total
+
+
+def test_weights_that_transformers_would_merge_on_disk_stay_apart(tmp_path):
+    """HRM keeps gate and up in one matrix on disk; two compressed matrices cannot be joined into one."""
+    config = transformers.HrmTextConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    Pruner(model).prune(SparsityConfig(method="magnitude"))
+    model.save_pretrained(tmp_path)
+    wanted = model.state_dict()
+    for more in ({}, {"run_compressed": True}):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **more)
+        if more:
+            again.dequantize()
+        state = again.state_dict()
+        assert wanted.keys() == state.keys()
+        assert all(torch.equal(wanted[name], state[name]) for name in wanted)
