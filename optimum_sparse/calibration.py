@@ -19,7 +19,7 @@ HUB_NAMES: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
         None,
         {
             "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",  # it has no test split
         },
     ),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
@@ -43,7 +43,8 @@ def calibration_batches(
 
     Args:
         dataset: what SparsityConfig.dataset allows; besides, any iterable of batches (a DataLoader): dicts with
-            `input_ids` and perhaps `attention_mask`, or tensors of token ids. These are taken as they are.
+            `input_ids` and perhaps `attention_mask`, or tensors of token ids. They are taken as they are, until they
+            hold `num_samples` rows.
         tokenizer: not needed for token ids and for "self".
         sample: (samples, tokens, seed) -> token ids int64 [samples, tokens], how the model itself samples text.
 
@@ -70,7 +71,7 @@ def calibration_batches(
         documents = load_documents(dataset, "train", seed)
         ids = pack(documents, _required(tokenizer), num_samples, sequence_length, _called(dataset))
     else:
-        return _given_batches(dataset)
+        return _given_batches(dataset, num_samples)
     return [{"input_ids": batch} for batch in ids.long().split(batch_size)]
 
 
@@ -158,8 +159,9 @@ def _enough(tokens: int, num_samples: int, sequence_length: int, source: str) ->
         )
 
 
-def _given_batches(batches: Iterable[Any]) -> list[dict[str, Tensor]]:
-    taken = []
+def _given_batches(batches: Iterable[Any], num_samples: int) -> list[dict[str, Tensor]]:
+    taken: list[dict[str, Tensor]] = []
+    rows = 0
     for batch in batches:
         content = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         content = {name: content[name] for name in ("input_ids", "attention_mask") if name in content}
@@ -168,7 +170,10 @@ def _given_batches(batches: Iterable[Any]) -> list[dict[str, Tensor]]:
             raise ValueError("a batch must be integer token ids [batch, tokens], or a dict with such `input_ids`.")
         if "attention_mask" in content and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}.")
-        taken.append(content)
+        taken.append({name: tensor[: num_samples - rows] for name, tensor in content.items()})
+        rows += len(ids)
+        if rows >= num_samples:
+            break
     if not taken:
         raise ValueError("the calibration data has no batches.")
     return taken

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import SparsityConfig
 from .evaluation import perplexity
-from .hf.checkpoint import check_output, export_dense, inspect
+from .hf.checkpoint import export_dense, inspect, new_directory
 from .methods import METHODS
 from .pruner import Pruner
 
@@ -57,6 +57,10 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 [auto]")
     group.add_argument("--device-map", help="auto, cpu, cuda, ...: where accelerate puts the model [cpu]")
+    _add_trust(group)
+
+
+def _add_trust(group: Any) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run model code that comes from the hub")
 
 
@@ -119,11 +123,11 @@ def _prune(args: argparse.Namespace) -> None:
     if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
         options.pop("sparsity", None)  # a file's sparsity belongs to the file's pattern
     config = SparsityConfig.from_dict(options)
-    check_output(args.output)
-    pruner = Pruner.from_pretrained(args.model, **_loading(args))
-    pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
-    print(pruner.report)
-    print(inspect(args.output))
+    with new_directory(args.output) as directory:  # refuses a bad one before the model is loaded
+        pruner = Pruner.from_pretrained(args.model, **_loading(args))
+        pruner.prune_to_disk(config, directory, max_shard_size=args.max_shard_size)
+        print(pruner.report)
+        print(inspect(str(directory), trust_remote_code=args.trust_remote_code))
 
 
 def _override(text: str) -> tuple[str, str | float]:
@@ -178,11 +182,12 @@ def _add_info(commands: Any) -> None:
     )
     parser.add_argument("model", help="a folder")
     parser.add_argument("--layers", action="store_true", help="also list every compressed matrix")
+    _add_trust(parser)
     parser.set_defaults(run_sparse=_info)
 
 
 def _info(args: argparse.Namespace) -> None:
-    info = inspect(args.model)
+    info = inspect(args.model, trust_remote_code=args.trust_remote_code)
     if args.layers:
         for name, (pattern, shape, stored, dense) in info.matrices.items():
             print(f"{name}  {shape[0]}x{shape[1]}  {pattern}  {stored:,} of {dense:,} bytes ({stored / dense:.4f})")
@@ -199,4 +204,7 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("model", help="id on the hub, or a folder")
     parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
-    parser.set_defaults(run_sparse=lambda args: export_dense(args.model, args.output))
+    _add_trust(parser)
+    parser.set_defaults(
+        run_sparse=lambda args: export_dense(args.model, args.output, trust_remote_code=args.trust_remote_code)
+    )

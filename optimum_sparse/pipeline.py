@@ -7,6 +7,7 @@ the statistics of one block, and one fp32 matrix being solved.
 
 import contextlib
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -50,7 +51,12 @@ class Linear:
         be a file mapped into memory.
         """
         parameter = self.module.weight
-        parameter.data = (weight.T if self.transposed else weight).to(parameter.dtype).contiguous()
+        stored = (weight.T if self.transposed else weight).to(parameter.dtype).contiguous()
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"pruned weights of {self.name} do not fit {parameter.dtype}: load the model in bfloat16."
+            )
+        parameter.data = stored
 
 
 @dataclass(frozen=True)
@@ -103,21 +109,29 @@ def prune_blocks(
     """
     if calls is None and method.needs > Needs.NOTHING:
         raise ValueError(f"{type(method).__name__} needs calibration inputs, and there are none.")
-    reports = []
-    for index, block in enumerate(tqdm(blocks, desc="Pruning", unit="block")):
-        with onload(block.module):
-            stats: dict[str, InputStats] = {}
-            if calls is not None and block.linears:
-                with fast_forward():
-                    stats = _collect(block, index, calls, method.needs)
-            reports += [_prune_linear(linear, stats.get(linear.name), method) for linear in block.linears]
-            stats.clear()
-            if calls is not None and index + 1 < len(blocks):
-                with fast_forward():
-                    for batch in range(len(calls.hidden)):
-                        calls.hidden[batch] = calls.run(block.module, index, batch)
-                calls.arguments[index] = []
+    reports: list[LayerReport] = []
+    try:
+        for index, block in enumerate(tqdm(blocks, desc="Pruning", unit="block")):
+            with onload(block.module):
+                reports += _prune_block(block, index, calls, method)
+                if calls is not None and index + 1 < len(blocks):
+                    with fast_forward(calls.hidden[0]):
+                        for batch in range(len(calls.hidden)):
+                            calls.hidden[batch] = calls.run(block.module, index, batch)
+                    calls.arguments[index] = []
+    except BaseException:
+        if any(report.skipped is None for report in reports):
+            warnings.warn("pruning stopped half-way, and the model is a mixture now: load it again.", stacklevel=2)
+        raise
     return reports
+
+
+def _prune_block(block: Block, index: int, calls: Calls | None, method: Method) -> list[LayerReport]:
+    stats: dict[str, InputStats] = {}
+    if calls is not None and block.linears:
+        with fast_forward(calls.hidden[0]):
+            stats = _collect(block, index, calls, method.needs)
+    return [_prune_linear(linear, stats.pop(linear.name, None), method) for linear in block.linears]
 
 
 def _prune_linear(linear: Linear, stats: InputStats | None, method: Method) -> LayerReport:
@@ -142,9 +156,9 @@ def _prune_linear(linear: Linear, stats: InputStats | None, method: Method) -> L
     linear.write(solved.weight)
     report.pattern = str(linear.pattern)
     report.sparsity = (solved.weight == 0).float().mean().item()
+    report.seconds = time.perf_counter() - started
     if stats is not None:
         report.error = stats.relative_error(weight, solved.weight)
-    report.seconds = time.perf_counter() - started
     return report
 
 

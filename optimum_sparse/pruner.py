@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import SparsityConfig
-from .hf.checkpoint import check_output, new_directory
+from .hf.checkpoint import new_directory
+from .hf.integration import HUB_ARGUMENTS
 from .hf.prune import prune_model
 from .hf.quantizer import SparsityQuantizer, load_tokenizer
 from .methods import Method
@@ -42,10 +43,11 @@ class Pruner:
                 raise ValueError(f"{sorted(kwargs)}: only for loading, and this model is loaded already.")
         else:
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         elif tokenizer is None:
-            tokenizer = load_tokenizer(model)
+            tokenizer = load_tokenizer(model, **hub)
         return cls(model, tokenizer)
 
     def prune(self, config: SparsityConfig, *, dataset: Any = None, method: Method | None = None) -> PreTrainedModel:
@@ -63,9 +65,8 @@ class Pruner:
 
     def prune_to_disk(self, config: SparsityConfig, output: str | os.PathLike, max_shard_size: str = "50GB") -> Path:
         """Prune, and write checkpoint, tokenizer and report to the new folder `output`: all of it, or nothing."""
-        check_output(output)
-        self.prune(config)
         with new_directory(output) as directory:
+            self.prune(config)
             self.model.save_pretrained(directory, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)

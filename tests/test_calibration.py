@@ -208,7 +208,7 @@ def test_files_that_are_missing_or_of_another_kind(tmp_path: Path):
 
 def test_a_loader_gives_its_batches_as_they_are():
     rows = [{"input_ids": torch.arange(5) + i, "attention_mask": torch.tensor([1, 1, 1, 1, i % 2])} for i in range(4)]
-    batches = batches_of(DataLoader([row | {"labels": torch.zeros(5)} for row in rows], batch_size=3), samples=1)
+    batches = batches_of(DataLoader([row | {"labels": torch.zeros(5)} for row in rows], batch_size=3), samples=4)
     assert [set(batch) for batch in batches] == [{"input_ids", "attention_mask"}] * 2
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), torch.stack([row[name] for row in rows]))

@@ -82,7 +82,10 @@ def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
     ("arguments", "message"),
     [
         (["prune", "MODEL", "--output", "OUT", "--pattern", "5:4"], "0 < N < M"),
-        (["prune", "MODEL", "--output", "OUT", "--dataset", "missing.jsonl"], "no such file"),
+        (
+            ["prune", "MODEL", "--output", "OUT", "--dataset", "missing.jsonl", "--sequence-length", "9"],
+            "no such file",
+        ),
         (["prune", "MODEL", "--output", "OUT", "--layer", "down_proj"], "NAME=VALUE"),
         (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
         (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),

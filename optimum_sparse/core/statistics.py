@@ -31,11 +31,13 @@ class InputStats:
         self.tokens = 0
         shape = (in_features, in_features) if needs is Needs.GRAM else (in_features,)
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._gram: Tensor | None = None
         self._factors: dict[float, Tensor] = {}
 
     def update(self, x: Tensor) -> None:
         """Add the tokens x [tokens, in]."""
         self.tokens += x.shape[0]
+        self._gram = None
         self._factors.clear()
         if self.needs is Needs.GRAM:
             _add_gram_upper(self._sum, x)
@@ -45,8 +47,10 @@ class InputStats:
     @property
     def gram(self) -> Tensor:
         """Mean of x x^T: fp32 [in, in]. Only for Needs.GRAM."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) / self.tokens
+        if self._gram is None:
+            self._gram = self._sum.triu().div_(self.tokens)
+            self._gram += self._gram.triu(1).T
+        return self._gram
 
     @property
     def mean_square(self) -> Tensor:

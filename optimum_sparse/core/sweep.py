@@ -27,7 +27,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
     Row j of U, from column j on and over U_jj, is the elimination of column j after all columns before it are gone.
     One Cholesky factorization of the reversed matrix and one triangular inverse: G = V V^T with V upper, U = V^-1.
-    Dead inputs (G_jj = 0) get G_jj = 1, which makes them independent of the rest.
+    Dead inputs (G_jj = 0) get the mean of the live ones on the diagonal, which makes them independent of the rest. The
+    paper sets them to 1; here G is a mean per token and small, and ones would inflate the damping of everything else.
 
     Args:
         gram: fp32 [in, in], symmetric positive semi-definite.
@@ -37,10 +38,12 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         NotPositiveDefinite: nothing is put in the factor's place.
     """
     diagonal = gram.diagonal()
-    diagonal = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal)
-    damped = gram.clone()
-    damped.diagonal().copy_(diagonal + damping * diagonal.mean())
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    live = diagonal != 0
+    mean = diagonal.sum() / live.sum().clamp(min=1)
+    mean = torch.where(live.any(), mean, torch.ones_like(mean))
+    reversed_gram = gram.flip(0, 1)
+    reversed_gram.diagonal().copy_((torch.where(live, diagonal, mean) + damping * mean).flip(0))
+    lower, failed = torch.linalg.cholesky_ex(reversed_gram)
     if failed:
         raise NotPositiveDefinite(
             f"the Gram matrix of the inputs is not positive definite with damping={damping:g}: raise the damping "

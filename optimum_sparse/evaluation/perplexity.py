@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..calibration import load_documents
+from ..hf.placement import execution_device
 from ..kernels.cpu import onednn_fp32
 
 
@@ -58,29 +60,58 @@ def perplexity(
         max_windows: only the first ones.
 
     Raises:
-        ValueError: the text is shorter than one window, saying how long it is.
+        ValueError: the text is shorter than one window, saying how long it is; a window that predicts nothing.
     """
-    if isinstance(dataset, Tensor):
-        ids = dataset.long()
-    else:
-        text = "\n\n".join(load_documents(dataset, "test"))
-        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        if len(tokens) < window:
-            raise ValueError(f"the text has {len(tokens)} tokens, less than one window of {window}: lower the window.")
-        ids = tokens[: len(tokens) // window * window].view(-1, window)
+    for name, number, least in (("window", window, 2), ("max_windows", max_windows, 1), ("batch_size", batch_size, 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{name}={number}: must be {least} or more.")
+    ids = dataset.long() if isinstance(dataset, Tensor) else _windows(dataset, tokenizer, window, max_windows)
     ids = ids[:max_windows]
+    device = execution_device(model.get_input_embeddings())
     started = time.perf_counter()
     training = model.training
     model.eval()
     losses = []
-    with onednn_fp32():
-        for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
-            losses.append(_window_losses(model, batch.to(model.device)).double().cpu())
-    model.train(training)
+    try:
+        with onednn_fp32():
+            for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
+                losses.append(_window_losses(model, batch.to(device)).double().cpu())
+    finally:
+        model.train(training)
     loss = torch.cat(losses)
     value = math.exp(loss.mean().item())
     error = value * (loss.std() / len(loss) ** 0.5).item() if len(loss) > 1 else math.nan
     return Perplexity(value, error, len(loss), ids.shape[1], time.perf_counter() - started)
+
+
+def _windows(dataset: str | list[str], tokenizer: Any, window: int, max_windows: int | None) -> Tensor:
+    """The text's tokens as int64 [windows, window]; no more of it is read than `max_windows` need."""
+    documents = load_documents(dataset, "test")
+    enough = math.inf if max_windows is None else window * max_windows
+    pieces: list[str] = []
+    tokens = torch.empty(0, dtype=torch.int64)
+    for piece in _chunks(documents, 8 * enough):
+        pieces.append(piece)
+        tokens = tokenizer("\n\n".join(pieces), return_tensors="pt", verbose=False)["input_ids"][0]
+        if len(tokens) > enough:  # one token beyond, since the last one may go on in the text that was not read
+            break
+    if len(tokens) < window:
+        raise ValueError(f"the text has {len(tokens)} tokens, less than one window of {window}: lower the window.")
+    return tokens[: len(tokens) // window * window].view(-1, window)
+
+
+def _chunks(documents: Iterator[str], characters: float) -> Iterator[str]:
+    """The documents, joined by blank lines to pieces of at least `characters`."""
+    piece: list[str] = []
+    size = 0
+    for document in documents:
+        piece.append(document)
+        size += len(document)
+        if size >= characters:
+            yield "\n\n".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "\n\n".join(piece)
 
 
 def _window_losses(model: PreTrainedModel, ids: Tensor, chunk: int = 1024) -> Tensor:

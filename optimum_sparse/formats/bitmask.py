@@ -48,8 +48,8 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     problem = violation(weight, pattern)
     if problem is not None:
         raise ValueError(
-            f"cannot be stored as {pattern}: {problem}. Weights changed after pruning must be masked, or the model "
-            "pruned again."
+            f"cannot be stored as {pattern}: {problem}. The weights changed after pruning: prune the model again, or "
+            "call model.dequantize() to save it dense."
         )
     nonzero = (weight != 0).to(torch.uint8)
     if isinstance(pattern, NM):

@@ -103,7 +103,7 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
                 else:
                     block.linears.append(Linear(name, child, pattern, transposed=isinstance(child, Conv1D)))
                     continue
-            elif len(shape) > 2 and not isinstance(child, nn.modules.conv._ConvNd):
+            elif _holds_experts(child, module):
                 pattern = config.pattern_for(full(name))
                 if isinstance(pattern, str):
                     reason = pattern
@@ -155,6 +155,14 @@ def _not_a_linear(module: nn.Module) -> str | None:
     return f"{kind}, not a linear"
 
 
+def _holds_experts(module: nn.Module, block: nn.Module) -> bool:
+    """Whether much of the block is in matrices of this module that are no linears: fused experts, mostly."""
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Embedding | nn.Linear):
+        return False
+    own = sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
+    return own > 0.1 * sum(parameter.numel() for parameter in block.parameters())
+
+
 def _shape(module: nn.Module) -> list[int]:
     """[out, in] of a linear; the largest matrix of anything else."""
     shape = max((parameter.shape for parameter in module.parameters(recurse=False)), key=lambda s: (len(s), s.numel()))
@@ -162,7 +170,8 @@ def _shape(module: nn.Module) -> list[int]:
 
 
 def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
-    names = [full_name(model)(name) for name, _ in model.named_modules() if name]
+    names = ["lm_head"]  # always allowed: it stays dense, and a base model has none
+    names += [full_name(model)(name) for name, _ in model.named_modules() if name]
     for kind, rules in (("targets", config.targets or []), ("ignore", config.ignore), ("layers", list(config.layers))):
         for rule in rules:
             if not any(matches(rule, name) for name in names):

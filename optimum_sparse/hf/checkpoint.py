@@ -47,44 +47,52 @@ def write_report(directory: str | os.PathLike, report: PruningReport) -> None:
 
 @contextlib.contextmanager
 def new_directory(output: str | os.PathLike) -> Iterator[Path]:
-    """A directory to fill, which becomes `output` when the context ends without an error, and vanishes otherwise."""
-    target = Path(output)
-    check_output(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """A directory to fill, whose content is that of `output` once the context ends without an error; else it vanishes.
 
+    To be entered before long work: what is wrong with `output` shows at once.
 
-def check_output(output: str | os.PathLike) -> None:
-    """Raise FileExistsError unless `output` can become a new checkpoint; to be called before any work is done."""
+    Raises:
+        FileExistsError: `output` exists and is not an empty folder.
+    """
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
             f"output {str(target)!r} exists and is not an empty folder: choose another, or remove it."
         )
+    exists = target.exists()
+    inside = target if exists else target.parent  # an existing folder may be a mount or a link, and stays
+    inside.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=inside))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if exists:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):  # the config last
+                os.replace(path, target / path.name)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def export_dense(source: str, output: str | os.PathLike) -> None:
-    """Write a sparse checkpoint as an ordinary dense one, zeros in place, which loads without this package."""
-    read_config(source)
+def export_dense(source: str, output: str | os.PathLike, **loading: Any) -> None:
+    """Write a sparse checkpoint as an ordinary dense one, zeros in place, which loads without this package.
+
+    `loading`: arguments of `from_pretrained`, such as trust_remote_code.
+    """
+    read_config(source, **loading)
     with new_directory(output) as directory:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **loading)
         model.dequantize()
         model.save_pretrained(directory)
-        copy_tokenizer(source, directory)
+        copy_tokenizer(source, directory, **loading)
 
 
-def read_config(source: str) -> tuple[PreTrainedConfig, SparsityConfig]:
+def read_config(source: str, **loading: Any) -> tuple[PreTrainedConfig, SparsityConfig]:
     """The config of a sparse checkpoint, and the recipe in it. Raises ValueError for any other checkpoint."""
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, **loading)
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise ValueError(
@@ -94,10 +102,10 @@ def read_config(source: str) -> tuple[PreTrainedConfig, SparsityConfig]:
     return config, SparsityConfig.from_dict(stored)
 
 
-def copy_tokenizer(source: str, directory: str | os.PathLike) -> None:
+def copy_tokenizer(source: str, directory: str | os.PathLike, **loading: Any) -> None:
     """Save the tokenizer of `source` beside a checkpoint, if it has one."""
     with contextlib.suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(source, **loading).save_pretrained(directory)
 
 
 @dataclass
@@ -131,15 +139,15 @@ class CheckpointInfo:
         return "\n".join(lines)
 
 
-def inspect(source: str) -> CheckpointInfo:
+def inspect(source: str, **loading: Any) -> CheckpointInfo:
     """Read the headers of a local sparse checkpoint and check every stored shape against its config.
 
     Raises:
         ValueError: not a sparse checkpoint, or tensors that are missing or of another shape.
     """
-    config, sparsity = read_config(source)
+    config, sparsity = read_config(source, **loading)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **loading)
     headers = read_headers(_safetensors(Path(source)))
     linears = make_plan(model, sparsity, strict=False).linears
     stored = stored_matrices(model, get_model_conversion_mapping(model), headers)

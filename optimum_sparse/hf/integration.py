@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
 from ..config import QUANT_METHOD, SparsityConfig
@@ -66,27 +66,80 @@ def _taking_sparsity(original: Callable) -> Callable:
         run_compressed = kwargs.pop("run_compressed", None)
         if config is None and run_compressed is None:
             return original(cls, *args, **kwargs)
-        if kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "transformers holds one quantization_config per model: give either quantization_config or "
-                "sparsity_config (with run_compressed), not both."
-            )
+        config = _checked(config, run_compressed, _stored_config(args, kwargs), kwargs.get("quantization_config"))
         if config is None:
-            config = SparsityConfig()
-            config.only_for_loading = True
-        elif isinstance(config, dict):
-            config = SparsityConfig.from_dict(config)
-        elif not isinstance(config, SparsityConfig):
-            raise TypeError(f"sparsity_config must be a SparsityConfig or a dict, got {type(config).__name__}.")
-        if run_compressed is not None:
-            config = copy.copy(config)
-            config.run_compressed = run_compressed
+            return original(cls, *args, **kwargs)
         with warnings.catch_warnings():
-            if getattr(config, "only_for_loading", False):
-                warnings.filterwarnings("ignore", message=_MERGED)
-            return original(cls, *args, quantization_config=config, **kwargs)
+            warnings.filterwarnings("ignore", message=_MERGED)
+            return original(cls, *args, **(kwargs | {"quantization_config": config}))
 
     return from_pretrained
+
+
+def _checked(
+    config: Any, run_compressed: Any, stored: dict[str, Any] | None, quantization_config: Any
+) -> SparsityConfig | None:
+    """What to pass as quantization_config for these arguments and this checkpoint; None if nothing is to be passed."""
+    if run_compressed is not None and not isinstance(run_compressed, bool):
+        raise ValueError(f"run_compressed={run_compressed!r}: must be True or False.")
+    sparse = stored is not None and stored.get("quant_method") == QUANT_METHOD
+    if config is None and not sparse:
+        if run_compressed:
+            raise ValueError(
+                "run_compressed=True loads a sparse checkpoint; this one is dense: prune it, with sparsity_config=."
+            )
+        return None
+    if quantization_config is not None:
+        raise ValueError(
+            "transformers holds one quantization_config per model: give either quantization_config or "
+            "sparsity_config (with run_compressed), not both."
+        )
+    if config is None:
+        return SparsityConfig(run_compressed=bool(run_compressed))
+    if stored is not None and sparse:
+        raise ValueError(
+            f"this checkpoint is sparse already ({stored.get('method')}, {stored.get('pattern')}): load it without "
+            "sparsity_config. To prune it again: Pruner.from_pretrained(model).prune(config)."
+        )
+    if isinstance(config, dict):
+        config = SparsityConfig.from_dict(config)
+    elif not isinstance(config, SparsityConfig):
+        raise TypeError(f"sparsity_config must be a SparsityConfig or a dict, got {type(config).__name__}.")
+    if run_compressed is not None:
+        config = copy.copy(config)  # the caller's stays as it is
+        config.run_compressed = run_compressed
+    return config
+
+
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def _stored_config(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config in the config.json of the checkpoint that is being loaded, if it has one."""
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if source is None:
+            return None
+        chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        try:
+            content, _ = PreTrainedConfig.get_config_dict(source, **chosen)
+        except (OSError, ValueError):  # the load itself will say what is wrong
+            return None
+    else:
+        content = config.to_dict()
+    stored = content.get("quantization_config")
+    stored = stored.to_dict() if isinstance(stored, SparsityConfig) else stored
+    return stored if isinstance(stored, dict) else None
 
 
 def _saving_report(original: Callable) -> Callable:

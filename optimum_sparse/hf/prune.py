@@ -1,11 +1,13 @@
 """Prune a transformers model that is in memory (or offloaded): plan, calibrate, record, run the loop."""
 
+import contextlib
 import copy
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -39,32 +41,21 @@ def prune_model(
     """
     _check(model)
     # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
-    described = describe_dataset(config.dataset if dataset is None else dataset)
+    data = config.dataset if dataset is None else dataset
+    described = describe_dataset(data)
     method = method or config.build_method()
     plan = make_plan(model, config)
     _, blocks = find_blocks(model, config.block_name)
     seconds: dict[str, float] = {}
-    training = model.training
-    model.eval()
-    calls: Calls | None = None
-    if method.needs > Needs.NOTHING:
+    with _evaluating(model):
         started = time.perf_counter()
-        batches = calibration_batches(
-            config.dataset if dataset is None else dataset,
-            tokenizer,
-            num_samples=config.num_samples,
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            sample=lambda samples, tokens, seed: sample_text(model, samples, tokens, seed),
-        )
-        _check_tokens(model, batches)
-        calls = record_calls(model, blocks, batches)
-        seconds["calibration data"] = time.perf_counter() - started
-    started = time.perf_counter()
-    layers = prune_blocks(plan.blocks, calls, method, onload)
-    seconds["pruning"] = time.perf_counter() - started
-    model.train(training)
+        calls: Calls | None = None
+        if method.needs > Needs.NOTHING:
+            calls = _calibrate(model, config, data, tokenizer, blocks)
+            seconds["calibration data"] = time.perf_counter() - started
+        started = time.perf_counter()
+        layers = prune_blocks(plan.blocks, calls, method, onload)
+        seconds["pruning"] = time.perf_counter() - started
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     report = PruningReport(sorted(layers + plan.skipped, key=lambda layer: order[layer.name]), seconds)
     stored = copy.copy(config)
@@ -74,6 +65,37 @@ def prune_model(
         name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)
     }
     return stored, report
+
+
+def _calibrate(
+    model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any, blocks: nn.ModuleList
+) -> Calls:
+    """Token batches of `data`, and what the model calls its blocks with on them."""
+    if isinstance(data, str | list):
+        _check_length(model, config.sequence_length)
+    batches = calibration_batches(
+        data,
+        tokenizer,
+        num_samples=config.num_samples,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        sample=lambda samples, tokens, seed: sample_text(model, samples, tokens, seed),
+    )
+    _check_tokens(model, batches)
+    return record_calls(model, blocks, batches)
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode; each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -120,6 +142,8 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
 def _check(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"a transformers PreTrainedModel is pruned, got {type(model).__name__}.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model has adapters: merge them into its weights, or prune before adding them.")
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise ValueError("the model holds compressed weights: load it without run_compressed=True to prune it again.")
     quantizer = getattr(model, "hf_quantizer", None)
@@ -140,8 +164,10 @@ def _check_tokens(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> N
         raise ValueError(
             f"token ids go from {low} to {high}; the model has {vocabulary}: use the model's own tokenizer."
         )
-    text = model.config.get_text_config(decoder=True)
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise ValueError(f"sequences of {longest} tokens; the model takes {limit}: sequence_length={limit} or less.")
+    _check_length(model, max(batch["input_ids"].shape[1] for batch in batches))
+
+
+def _check_length(model: PreTrainedModel, tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"sequences of {tokens} tokens; the model takes {limit}: sequence_length={limit} or less.")

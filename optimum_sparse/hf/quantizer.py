@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import SparsityConfig
+from ..core import Needs
 from ..formats import FORMATS, bitmask
 from ..nn import SparseLinear
 from ..pipeline import Linear
@@ -37,12 +38,9 @@ class SparsityQuantizer(HfQuantizer):
         self.report: PruningReport | None = None
         self._skeleton: PreTrainedModel | None = None  # what is being loaded
         self._files: list[str] = []
+        self._tokenizer: Any = None
         self._compressed: dict[str, Linear] = {}
         self._decompress = Decompress(self._compressed)
-        if not self.pre_quantized and getattr(quantization_config, "only_for_loading", False):
-            raise ValueError(
-                "run_compressed was given, but this checkpoint is dense: prune it, with sparsity_config=."
-            )
 
     @classmethod
     def attach(cls, model: PreTrainedModel, config: SparsityConfig, report: PruningReport | None) -> None:
@@ -57,11 +55,16 @@ class SparsityQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError("sparse models cannot be loaded with tensor parallelism yet: use device_map instead.")
         if not self.pre_quantized:
+            make_plan(model, self.quantization_config)  # what cannot be pruned shows before weights are loaded
+            self._tokenizer = load_tokenizer(model) if needs_tokenizer(self.quantization_config) else None
             return
-        if checkpoint_files:
-            self.report = read_report(Path(checkpoint_files[0]).parent)
-        self._skeleton, self._files = model, [file for file in checkpoint_files or [] if file.endswith(".safetensors")]
+        if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
+            raise ValueError(f"a sparse checkpoint is read from .safetensors files, got {checkpoint_files}.")
+        self.report = read_report(Path(checkpoint_files[0]).parent)
+        self._skeleton, self._files = model, checkpoint_files
         self._compressed = make_plan(model, self.quantization_config, strict=False).linears
         self._decompress = Decompress(self._compressed)
         if self.quantization_config.run_compressed:
@@ -88,11 +91,8 @@ class SparsityQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
-            tokenizer = None
-            if isinstance(config.dataset, str | list) and config.dataset != "self":
-                tokenizer = load_tokenizer(model)
             run_compressed = config.run_compressed
-            config, self.report = prune_model(model, config, tokenizer=tokenizer)
+            config, self.report = prune_model(model, config, tokenizer=self._tokenizer)
             self.quantization_config, self.pre_quantized = config, True
             if run_compressed:
                 compress(model, config)
@@ -134,8 +134,10 @@ class SparsityQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The state dict as it is stored: every pruned weight compressed, on the CPU."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
+            return None, {}
         config = self.quantization_config
         codec = FORMATS[config.format]
         linears = make_plan(model, config, strict=False).linears
@@ -237,13 +239,23 @@ def compress(model: PreTrainedModel, config: SparsityConfig) -> None:
         model.set_submodule(name, sparse)
 
 
+def needs_tokenizer(config: SparsityConfig) -> bool:
+    """Whether this recipe reads calibration text."""
+    reads_text = isinstance(config.dataset, str | list) and config.dataset != "self"
+    return reads_text and config.build_method().needs > Needs.NOTHING
+
+
 def load_tokenizer(model: PreTrainedModel, **kwargs: Any) -> Any:
-    """The tokenizer beside the model's weights, or None if there is none."""
+    """The tokenizer beside the model's weights, or None if there is none.
+
+    `kwargs`: what the model was loaded with that concerns the hub.
+    """
     source = model.config.name_or_path
     if not source:
         return None
+    revision = getattr(model.config, "_commit_hash", None)
     try:
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+        return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}) | kwargs)
     except (OSError, ValueError):
         return None
 

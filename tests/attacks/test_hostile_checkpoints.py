@@ -310,7 +310,7 @@ def test_config_without_quantization_config(damaged):
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(RuntimeError, match="mismatch"):
         load(folder, False)
-    with pytest.raises(ValueError, match="this checkpoint is dense"):
+    with pytest.raises(ValueError, match="this one is dense"):
         load(folder, True)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,8 +148,23 @@ def test_unknown_keys_of_a_dict_are_refused(argument, tiny_llama):
 
 @pytest.mark.parametrize("owner", [AutoModelForCausalLM, LlamaForCausalLM, SparseModelForCausalLM, AutoModel])
 def test_run_compressed_of_a_dense_checkpoint_is_an_error(owner, tiny_llama):
-    with pytest.raises(ValueError, match="run_compressed was given, but this checkpoint is dense"):
+    with pytest.raises(ValueError, match="run_compressed=True loads a sparse checkpoint; this one is dense"):
         owner.from_pretrained(tiny_llama, run_compressed=True)
+
+
+def test_run_compressed_false_of_a_dense_checkpoint_changes_nothing(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, run_compressed=False)
+    assert not hasattr(model, "hf_quantizer")
+    with pytest.raises(ValueError, match="run_compressed='no': must be True or False"):
+        AutoModelForCausalLM.from_pretrained(tiny_llama, run_compressed="no")
+
+
+@pytest.mark.parametrize("change", [dict(targets=["nothing"]), dict(pattern="5:7"), dict(ignore=["model.layers"])])
+def test_what_cannot_be_pruned_is_refused_before_weights_are_loaded(change, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ValueError, match=r"matches no module|multiples of M|nothing to prune"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, sparsity_config=SparsityConfig(dataset="self", **change))
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
@@ -181,12 +197,13 @@ def test_a_sparse_checkpoint_can_be_pruned_further(sparse_checkpoints, tmp_path)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("argument", ["sparsity_config", "quantization_config"])
-def test_a_sparse_checkpoint_is_not_pruned_on_load(argument, sparse_checkpoints):
-    """transformers lets the checkpoint's own config win, and says so."""
-    path = sparse_checkpoints["2:4"]
+def test_a_sparse_checkpoint_is_not_pruned_on_load(sparse_checkpoints):
+    """transformers lets the checkpoint's own config win, and says so; our own argument is refused."""
+    path, config = sparse_checkpoints["2:4"], make_config("magnitude", "1:4")
+    with pytest.raises(ValueError, match=r"sparse already \(magnitude, 2:4\).*prune it again"):
+        AutoModelForCausalLM.from_pretrained(path, sparsity_config=config)
     with pytest.warns(UserWarning, match="quantization_config` from the model will be used"):
-        model = AutoModelForCausalLM.from_pretrained(path, **{argument: make_config("magnitude", "1:4")})
+        model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)
     assert_same_weights(model, AutoModelForCausalLM.from_pretrained(path))
     assert model.hf_quantizer.quantization_config.pattern == "2:4"
 

@@ -141,9 +141,10 @@ def brute_force_obs(weight: Tensor, x: Tensor, damping: float, group: int, keep_
     weight, x = weight.double().clone(), x.double()
     gram = x.T @ x / len(x)
     dead = gram.diagonal() == 0
-    gram[dead, dead] = 1
+    mean = gram.diagonal()[~dead].mean()  # a dead input says nothing of the scale of the others
+    gram[dead, dead] = mean
     weight[:, dead] = 0
-    gram += damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    gram += damping * mean * torch.eye(len(gram), dtype=torch.float64)
     width = len(gram)
     inverses = [torch.linalg.inv(gram[j:, j:]) for j in range(width)]
     price = torch.stack([inverse[0, 0] for inverse in inverses])
@@ -207,6 +208,16 @@ def test_brute_force_with_dead_columns(pattern: Pattern):
     torch.testing.assert_close(solved.weight.double(), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(solved.keep[:, live], keep[:, live])
     assert not solved.weight[:, dead].any()
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_the_scale_of_the_inputs_does_not_matter(pattern: Pattern):
+    """Not even where some are dead: what stands in for them must have the scale of the others."""
+    x, weight = ar_inputs(400, 64), random_weight(8, 64)
+    x[:, ::5] = 0
+    solved = [SparseGPT().solve(weight, stats_of(x * scale), pattern) for scale in (1, 2**-10)]
+    assert torch.equal(solved[0].keep, solved[1].keep)
+    torch.testing.assert_close(solved[0].weight, solved[1].weight)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.7)], ids=str)
