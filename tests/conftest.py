@@ -15,7 +15,6 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-
 from optimum_sparse.kernels import cpu
 
 
