@@ -48,7 +48,7 @@ test: $(VENV)/test
 
 # The same integration tests on the oldest transformers that is supported.
 $(VENV)/oldest: $(VENV)/test
-	$(PIP) install --no-deps --upgrade --target $(VENV)/transformers-oldest "transformers==5.17.0"
+	$(PIP) install --upgrade --target $(VENV)/transformers-oldest "transformers==5.17.0"
 	@touch $@
 
 test-oldest: $(VENV)/oldest
