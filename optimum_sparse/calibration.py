@@ -104,6 +104,12 @@ def load_documents(dataset: str | list[str], split: str, seed: int | None = None
 
 
 def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[str, Any]]:
+    path = Path(dataset)
+    kind = next((kind for suffix, kind in READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
+    if kind is not None and not path.is_file():
+        raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
+    if kind is None and path.exists():
+        raise ValueError(f"dataset={dataset!r}: must be a .txt, .jsonl or .parquet file.")
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -111,15 +117,9 @@ def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[s
             f"reading {dataset!r} needs the package `datasets`: pip install 'optimum-sparse[datasets]'. Without it, "
             "use a .txt file, a list of texts, token ids, or dataset='self'."
         ) from error
-    path = Path(dataset)
-    kind = next((kind for suffix, kind in READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
     if kind is not None:
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
         rows = load_dataset(kind, data_files=str(path), split="train")
         return rows if seed is None else rows.shuffle(seed=seed)
-    if path.exists():
-        raise ValueError(f"dataset={dataset!r}: must be a .txt, .jsonl or .parquet file.")
     name, _, subset = dataset.partition(":")
     name, subset_, files = HUB_NAMES.get(name, (name, subset or None, None))
     chosen = {split: files[split]} if files else None

@@ -202,6 +202,8 @@ def _parse_override(value: Any) -> Pattern | None:
     """None: dense."""
     if value == DENSE:
         return None
+    if value == "unstructured":
+        raise ValueError("give its sparsity instead, such as 0.5.")
     if isinstance(value, str):
         return parse_pattern(value)
     return Unstructured(value)

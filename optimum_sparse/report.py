@@ -32,10 +32,16 @@ class LayerReport:
 
 @dataclass
 class PruningReport:
-    """All matrices of the decoder blocks, in the order of the model, and the phases of the run in seconds."""
+    """All matrices of the decoder blocks, in the order of the model.
+
+    Attributes:
+        seconds: the phases of the run.
+        method: the class that solved the layers; a config cannot name one that was passed as an object.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    method: str = ""
 
     @property
     def pruned(self) -> list[LayerReport]:
@@ -50,7 +56,7 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PruningReport":
-        return cls([LayerReport(**layer) for layer in content["layers"]], dict(content["seconds"]))
+        return cls([LayerReport(**layer) for layer in content["layers"]], dict(content["seconds"]), content["method"])
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"
@@ -87,4 +93,4 @@ class PruningReport:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"left dense, {reason}: {', '.join(names[:3])}{more}")
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
-        return "\n".join(lines + ([phases] if phases else []))
+        return "\n".join(lines + ([f"{self.method}: {phases}"] if phases else []))

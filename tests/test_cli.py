@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tiny_llama, tmp_path, capsys, a
 
 
 def test_module_and_optimum_cli_offer_the_same_commands():
-    pytest.importorskip("optimum.commands")
+    pytest.importorskip("optimum.commands.base")
     for command in (
         [sys.executable, "-m", "optimum_sparse"],
         [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"],

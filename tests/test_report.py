@@ -13,7 +13,7 @@ def make_report() -> PruningReport:
     layers += [LayerReport("model.layers.0.up", [32, 8], "unstructured 0.3", 0.3, None, 0.5)]
     layers += [LayerReport(f"model.layers.{i}.gate", [4, 8], skipped="Router, not a linear") for i in range(5)]
     layers += [LayerReport("model.layers.0.o", [4, 8], skipped="ignored by 'o'")]
-    return PruningReport(layers, {"pruning": 3.25})
+    return PruningReport(layers, {"pruning": 3.25}, "Wanda")
 
 
 def test_json_round_trip():
@@ -45,7 +45,7 @@ def test_text_names_what_stayed_dense_by_reason():
     gates = ", ".join(f"model.layers.{i}.gate" for i in range(3))
     assert f"left dense, Router, not a linear: {gates} and 2 more" in lines
     assert "left dense, ignored by 'o': model.layers.0.o" in lines
-    assert lines[-1] == "pruning 3.2 s"
+    assert lines[-1] == "Wanda: pruning 3.2 s"
 
 
 def test_layers_of_another_shape_or_pattern_are_not_mixed():

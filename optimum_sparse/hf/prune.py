@@ -57,7 +57,9 @@ def prune_model(
         layers = prune_blocks(plan.blocks, calls, method, onload)
         seconds["pruning"] = time.perf_counter() - started
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    report = PruningReport(sorted(layers + plan.skipped, key=lambda layer: order[layer.name]), seconds)
+    report = PruningReport(
+        sorted(layers + plan.skipped, key=lambda layer: order[layer.name]), seconds, type(method).__name__
+    )
     stored = copy.copy(config)
     stored.dataset = described
     left_out = [layer.name for layer in report.skipped if is_linear(model.get_submodule(layer.name))]
