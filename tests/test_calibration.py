@@ -170,6 +170,14 @@ def jsonl(path: Path, rows: list[dict]) -> str:
 
 
 @pytest.mark.usefixtures("no_cache")
+def test_a_parquet_file_is_read_like_a_jsonl_file(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": text} for text in TEXTS]).to_parquet(tmp_path / "rows.parquet")
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    assert torch.equal(ids_of(str(tmp_path / "rows.parquet")), ids_of(rows))
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_a_jsonl_file_has_a_document_per_row(tmp_path: Path):
     path = jsonl(tmp_path / "rows.jsonl", [{"text": text, "source": "web"} for text in TEXTS])
     assert list(load_documents(path, "train")) == TEXTS
