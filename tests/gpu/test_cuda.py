@@ -107,3 +107,21 @@ def test_offloaded_model_computed_on_the_device_equals_one_in_memory():
     for name, tensor in reference.items():
         if ".layers." in name and "proj" in name:
             assert torch.equal(state[name].cpu(), tensor.cpu()), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_spread_over_two_gpus_equals_one_on_a_single_gpu(method, tiny_llama, tmp_path):
+    config = make_config(method, "2:4")
+    spread = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1}
+    spread |= {"model.norm": 1, "model.rotary_emb": 0, "lm_head": 0}
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, device_map=spread)
+    assert {parameter.device.index for parameter in model.parameters()} == {0, 1}
+    whole = AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, device_map="cuda:0")
+    for (name, parameter), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parameter.cpu(), other.cpu()), name
+    model.save_pretrained(tmp_path)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=spread, run_compressed=True)
+    ids = torch.randint(3, 199, (2, 9), device="cuda:0")
+    torch.testing.assert_close(small(ids).logits.cpu(), whole(ids).logits.cpu())
+    assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 13)
