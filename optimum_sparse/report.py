@@ -14,9 +14,8 @@ class LayerReport:
         shape: [out, in].
         pattern: what was asked for; None if it stayed dense.
         sparsity: share of exact zeros now.
-        error: mean |dense output - pruned output|^2 / mean |dense output|^2 over the calibration tokens, from the
-            statistics that the method collects: exact for SparseGPT; for Wanda, which sees only the inputs' norms,
-            with input columns taken as uncorrelated; None for magnitude, which sees no data.
+        error: mean |dense output - pruned output|^2 / mean |dense output|^2 over calibration tokens: all of them for
+            SparseGPT, the first 2,048 for Wanda; None for magnitude, which sees no data.
         seconds: for solving this layer, statistics not included.
         skipped: why it stayed dense.
     """

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +190,7 @@ class _Recorded(Exception):
 
 
 @torch.no_grad()
-def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[dict[str, Tensor]]) -> Calls:
+def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: list[dict[str, Tensor]]) -> Calls:
     """What the model calls each of its blocks with on each batch, without running them.
 
     Every block gets its own arguments: some models give each layer its own mask and position embeddings. Arguments
@@ -234,7 +234,7 @@ def record_calls(model: PreTrainedModel, blocks: nn.ModuleList, batches: list[di
 
 
 @contextlib.contextmanager
-def _replaced_forwards(blocks: nn.ModuleList, make: Any) -> Iterator[None]:
+def _replaced_forwards(blocks: Sequence[nn.Module], make: Any) -> Iterator[None]:
     """Each block's forward is make(index); whatever was set on the instance before (accelerate hooks) comes back."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
@@ -248,7 +248,7 @@ def _replaced_forwards(blocks: nn.ModuleList, make: Any) -> Iterator[None]:
                 block.forward = forward
 
 
-def _returns_tuple(model: PreTrainedModel, blocks: nn.ModuleList, batch: dict[str, Tensor]) -> int:
+def _returns_tuple(model: PreTrainedModel, blocks: Sequence[nn.Module], batch: dict[str, Tensor]) -> int:
     """The length of the tuple that block 0 returns, 0 if it returns a tensor: found by running it on a few tokens."""
     seen: list[Any] = []
 

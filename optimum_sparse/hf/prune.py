@@ -18,7 +18,7 @@ from ..methods import Method
 from ..nn import SparseLinear
 from ..pipeline import Calls, prune_blocks
 from ..report import PruningReport
-from .blocks import find_blocks, full_name, is_linear, make_plan, record_calls
+from .blocks import full_name, is_linear, make_plan, record_calls
 from .placement import execution_device, onload
 
 
@@ -45,13 +45,12 @@ def prune_model(
     described = describe_dataset(data)
     method = method or config.build_method()
     plan = make_plan(model, config)
-    _, blocks = find_blocks(model, config.block_name)
     seconds: dict[str, float] = {}
     with _evaluating(model):
         started = time.perf_counter()
         calls: Calls | None = None
         if method.needs > Needs.NOTHING:
-            calls = _calibrate(model, config, data, tokenizer, blocks)
+            calls = _calibrate(model, config, data, tokenizer, [block.module for block in plan.blocks])
             seconds["calibration data"] = time.perf_counter() - started
         started = time.perf_counter()
         layers = prune_blocks(plan.blocks, calls, method, onload)
@@ -70,7 +69,7 @@ def prune_model(
 
 
 def _calibrate(
-    model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any, blocks: nn.ModuleList
+    model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any, blocks: list[nn.Module]
 ) -> Calls:
     """Token batches of `data`, and what the model calls its blocks with on them."""
     if isinstance(data, str | list):

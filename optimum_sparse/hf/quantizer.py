@@ -209,10 +209,6 @@ class Decompress(ConversionOps):
         weight = weight.T.contiguous() if linear.transposed else weight
         return {"weight": weight.to(linear.module.weight.dtype)}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self
-
 
 def _would_be_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:
     """Whether transformers joins some of these weights with others on disk (gate and up in one matrix, say).

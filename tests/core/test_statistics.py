@@ -5,6 +5,7 @@ import torch
 from helpers import ar_inputs, output_error, random_weight, stats_of
 
 from optimum_sparse.core import InputStats, Needs, inverse_factor
+from optimum_sparse.core.statistics import SAMPLE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -61,8 +62,18 @@ def test_relative_error_with_a_gram_is_that_of_the_outputs():
     assert stats_of(x).relative_error(weight, pruned) == pytest.approx(output_error(weight, pruned, x), rel=1e-4)
 
 
-def test_relative_error_with_a_diagonal_takes_columns_as_uncorrelated():
-    """Columns that are never non-zero together are exactly that."""
+def test_relative_error_with_a_diagonal_is_measured_on_the_first_tokens():
+    x, weight = ar_inputs(SAMPLE_TOKENS + 500, 24), random_weight(5, 24)
+    pruned = weight * (weight.abs() > 0.5)
+    stats = InputStats(24, Needs.DIAGONAL)
+    for part in x.split(300):
+        stats.update(part)
+    wanted = output_error(weight, pruned, x[:SAMPLE_TOKENS])
+    assert stats.relative_error(weight, pruned) == pytest.approx(wanted, rel=1e-4)
+    assert wanted != pytest.approx(output_error(weight, pruned, x), rel=1e-4)
+
+
+def test_relative_error_of_columns_that_are_never_non_zero_together():
     x = torch.diag_embed(ar_inputs(1, 16)[0])
     weight = random_weight(5, 16)
     pruned = weight.clone()
