@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .config import SparsityConfig
+from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SparsityConfig
 from .evaluation import perplexity
 from .hf.checkpoint import export_dense, inspect, new_directory
 from .methods import METHODS
@@ -81,6 +81,11 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file [50GB]")
     recipe = parser.add_argument_group("recipe", "everything that is not given takes SparsityConfig's default")
     recipe.add_argument("--config", help="a JSON file with the fields of SparsityConfig; options given here win")
+    recipe.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        help="best: least loss, with training of each block; fast: least loss without; paper: methods as published",
+    )
     recipe.add_argument("--method", choices=sorted(METHODS), help=f"[{defaults['method']}]")
     recipe.add_argument(
         "--pattern", help=f"2:4, 4:8, 16:32, any N:M (N kept of M), or unstructured [{defaults['pattern']}]"
@@ -97,8 +102,16 @@ def _add_prune(commands: Any) -> None:
         metavar="NAME=VALUE",
         help="another pattern, sparsity, or 'dense' for some layers: down_proj=4:8; can be given again",
     )
-    recipe.add_argument("--damping", type=float, help=f"SparseGPT [{defaults['damping']}]")
-    recipe.add_argument("--block-size", type=int, help=f"SparseGPT [{defaults['block_size']}]")
+    recipe.add_argument("--refine", choices=REFINEMENTS, help="solve again for kept weights; or train them, too")
+    recipe.add_argument(
+        "--allocation", choices=ALLOCATIONS, help=f"of unstructured sparsity [{defaults['allocation']}]"
+    )
+    recipe.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other field of SparsityConfig, as JSON: damping=0.1, fisher=false; can be given again",
+    )
     recipe.add_argument("--block-name", help="where the decoder blocks are, if they are not found: model.layers")
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -118,16 +131,29 @@ def _prune(args: argparse.Namespace) -> None:
         value = getattr(args, field.name, None)
         if value is not None:
             options[field.name] = value
+    options |= dict(_setting(text) for text in args.set or [])
     if args.layers:
         options["layers"] = dict(_override(text) for text in args.layers)
     if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
         options.pop("sparsity", None)  # a file's sparsity belongs to the file's pattern
-    config = SparsityConfig.from_dict(options)
+    config = SparsityConfig.from_dict(options)  # names an unknown key
+    if args.recipe:
+        config = SparsityConfig.recipe(args.recipe, **options)
     with new_directory(args.output) as directory:  # refuses a bad one before the model is loaded
         pruner = Pruner.from_pretrained(args.model, **_loading(args))
         pruner.prune_to_disk(config, directory, max_shard_size=args.max_shard_size)
         print(pruner.report)
         print(inspect(str(directory), trust_remote_code=args.trust_remote_code))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set {text!r}: must be NAME=VALUE, such as damping=0.1.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _override(text: str) -> tuple[str, str | float]:

@@ -1,18 +1,38 @@
 """SparsityConfig: the recipe of a pruned model, and what its checkpoint holds."""
 
+import copy
 import difflib
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeGuard
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin  # what `config.json` stores must extend it
 
-from .core import Pattern, Unstructured, parse_pattern
+from .core import NM, Needs, Pattern, Unstructured, parse_pattern
 from .formats import FORMATS
-from .methods import METHODS, Method, SparseGPT
+from .methods import METHODS, Admm, Method, Rose, SparseGPT
 
+
+# What second-order methods do unless told otherwise.
+SECOND_ORDER: dict[str, Any] = {"staged": True, "input_shift": 0.5, "residual_shift": 0.5, "fisher": True}
+PAPER: dict[str, Any] = {"staged": False, "input_shift": 0.0, "residual_shift": 0.0, "fisher": False}
+REFINEMENTS = ("pcg", "reconstruct")
+ALLOCATIONS = ("uniform", "owl", "error")
+
+
+def _one_shot(pattern: str) -> dict[str, Any]:
+    allocation = {"allocation": "error"} if pattern == "unstructured" else {}
+    return {"method": "admm", "refine": "pcg", **allocation}
+
+
+RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "best": lambda pattern: _one_shot(pattern) | {"refine": "reconstruct", "batch_size": 2},
+    "fast": _one_shot,
+    "paper": lambda pattern: PAPER,
+}
 
 QUANT_METHOD = "sparsity"
 FORMAT_VERSION = 1
@@ -29,7 +49,7 @@ class SparsityConfig(QuantizationConfigMixin):
     - "re:" and a regular expression that must match the module's full name from its beginning to its end.
 
     Args:
-        method: "magnitude", "wanda" or "sparsegpt".
+        method: "magnitude", "wanda", "sparsegpt", "rose" or "admm".
         pattern: "unstructured", or "N:M" for N kept of every M input columns, such as "2:4".
         sparsity: share of the weights to remove, in [0, 1). Only for "unstructured" (0.5 unless given).
         dataset: calibration data: "c4", "wikitext2", the name of a dataset on the hub ("org/name" or
@@ -40,8 +60,26 @@ class SparsityConfig(QuantizationConfigMixin):
         sequence_length: tokens per sequence.
         batch_size: sequences per forward pass. Does not change the result but for rounding.
         seed: of everything random: which documents are used, and the sampling of "self".
-        damping: SparseGPT: added to the diagonal of the Gram matrix, relative to its mean.
-        block_size: SparseGPT: columns per block.
+        damping: added to the diagonal of Gram matrices, relative to its mean.
+        block_size: SparseGPT, ROSE: columns per block.
+        rose_threshold: ROSE: a layer is reordered if the relative range of its block losses is above this.
+        staged: collect statistics again after each group of linears with the same input, inside each block.
+        input_shift: in [0, 1]: how far each layer's target moves towards what the dense model would give there.
+        residual_shift: in [0, 1]: how much layers that write to the residual stream repair of what it has lost.
+        fisher: weigh tokens, and rows of unstructured layers, by what the model's likelihood feels of an error in
+            them; takes one backward pass over the calibration data. These four are for second-order methods (those
+            that see Gram matrices). None: on, as True, 0.5, 0.5, True; off for a method object of your own.
+        refine: what to do when the masks are chosen. "pcg": solve for the kept weights of each layer again, together;
+            after any method. "reconstruct": that, and then train the kept weights of each block, one block at a time,
+            towards the dense block's output.
+        reconstruction_learning_rate: relative to the root mean square of each matrix.
+        reconstruction_passes: over the calibration data; a step takes one batch.
+        reconstruction_samples: train on the first ones only; None: on all.
+        allocation: how unstructured sparsity is shared out: "uniform"; "owl", by outliers of a block's scores;
+            "error", by measured loss of every matrix at several sparsities; or {name: sparsity}, with the rest shared
+            out evenly. The whole always has `sparsity`. Layers named in `layers` take no part.
+        denser: for N:M: {"4:8": 0.2, "dense": 0.05}: patterns for those layers that lose most without them, and the
+            share of all weights that may take each.
         targets: names; only linear layers of decoder blocks that match one are pruned. None: all of them.
         ignore: names; linear layers that match one stay dense, whatever else matches. Embeddings, norms and lm_head
             are outside the decoder blocks and always stay dense; naming them here is allowed.
@@ -62,6 +100,17 @@ class SparsityConfig(QuantizationConfigMixin):
     seed: int = 0
     damping: float = 0.01
     block_size: int = 128
+    rose_threshold: float = 0.5
+    staged: bool | None = None
+    input_shift: float | None = None
+    residual_shift: float | None = None
+    fisher: bool | None = None
+    refine: str | None = None
+    reconstruction_learning_rate: float = 0.02
+    reconstruction_passes: int = 5
+    reconstruction_samples: int | None = None
+    allocation: str | dict[str, float] = "uniform"
+    denser: dict[str, float] = field(default_factory=dict)
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
     layers: dict[str, str | float] = field(default_factory=dict)
@@ -78,13 +127,26 @@ class SparsityConfig(QuantizationConfigMixin):
         _check_version(self.format_version)
         pattern = parse_pattern(self.pattern, self.sparsity)
         self.sparsity = pattern.sparsity if isinstance(pattern, Unstructured) else None  # N:M says it already
-        for name in ("num_samples", "sequence_length", "batch_size", "block_size"):
+        for name in ("num_samples", "sequence_length", "batch_size", "block_size", "reconstruction_passes"):
             _integer(name, getattr(self, name), 1)
+        if self.reconstruction_samples is not None:
+            _integer("reconstruction_samples", self.reconstruction_samples, 1)
         _integer("seed", self.seed, 0)
-        if isinstance(self.damping, bool) or not isinstance(self.damping, int | float) or not 0 <= self.damping < 1e3:
-            raise ValueError(f"damping={self.damping!r}: must be a number from 0 up; the paper uses 0.01.")
-        if not isinstance(self.run_compressed, bool):
-            raise ValueError(f"run_compressed={self.run_compressed!r}: must be True or False.")
+        _number("damping", self.damping, 0, 1e3, "0.01")
+        _number("rose_threshold", self.rose_threshold, 0, 1, "0.5")
+        _number("reconstruction_learning_rate", self.reconstruction_learning_rate, 0, 1, "0.02")
+        for name in ("input_shift", "residual_shift"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0, 1, "0.5")
+        for name in ("staged", "fisher", "run_compressed"):
+            if not isinstance(getattr(self, name), bool) and (
+                name == "run_compressed" or getattr(self, name) is not None
+            ):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
+        if self.refine is not None:
+            _one_of("refine", self.refine, REFINEMENTS)
+        self._check_allocation(pattern)
+        self._check_second_order()
         if self.block_name is not None and not isinstance(self.block_name, str):
             raise ValueError(f"block_name={self.block_name!r}: must be a module name such as 'model.layers', or None.")
         for name in ("targets", "ignore"):
@@ -124,11 +186,69 @@ class SparsityConfig(QuantizationConfigMixin):
         """What an argument of `from_pretrained` overrides in the config of a checkpoint."""
         return {"run_compressed": self.run_compressed}
 
+    @classmethod
+    def recipe(cls, name: str, pattern: str = "2:4", **changes: Any) -> "SparsityConfig":
+        """A config that was chosen by measurement (see the README); `changes` go on top.
+
+        - "best": the least loss that this package reaches, with training of each block (minutes).
+        - "fast": the least loss without any training (seconds on a GPU).
+        - "paper": the method as published, without this package's additions; SparseGPT unless `method` is given.
+        """
+        _one_of("recipe", name, RECIPES)
+        return cls(**{"pattern": pattern, **RECIPES[name](pattern), **changes})
+
     def build_method(self) -> Method:
-        """The method object that this config names."""
+        """The method object that this config names, refinement not included."""
         if self.method == "sparsegpt":
-            return SparseGPT(damping=self.damping, block_size=self.block_size)
+            return SparseGPT(self.damping, self.block_size)
+        if self.method == "rose":
+            return Rose(self.damping, self.block_size, self.rose_threshold)
+        if self.method == "admm":
+            return Admm(self.damping)
         return METHODS[self.method]()
+
+    def resolved(self, second_order: bool) -> "SparsityConfig":
+        """With a value in place of each None that stands for "on for second-order methods"."""
+        chosen = copy.copy(self)
+        for name, value in (SECOND_ORDER if second_order else PAPER).items():
+            if getattr(self, name) is None:
+                setattr(chosen, name, value)
+        return chosen
+
+    def overrides(self, name: str) -> bool:
+        """Whether `layers` names the linear layer with this full name."""
+        return any(matches(rule, name) for rule in self.layers)
+
+    def _check_allocation(self, pattern: Pattern) -> None:
+        if isinstance(self.allocation, dict):
+            _names("allocation", list(self.allocation), optional=False)
+            for name, sparsity in self.allocation.items():
+                _number(f"allocation[{name!r}]", sparsity, 0, 0.99, "0.5")
+        else:
+            _one_of("allocation", self.allocation, ALLOCATIONS)
+        if self.allocation != "uniform" and not isinstance(pattern, Unstructured):
+            raise ValueError(
+                f"allocation={self.allocation!r}: pattern {pattern} has nothing to share out, only 'unstructured' "
+                "has; denser={'dense': 0.1} leaves some layers at a denser pattern."
+            )
+        if not isinstance(self.denser, dict):
+            raise ValueError(f"denser={self.denser!r}: must be a dict such as {{'4:8': 0.2, 'dense': 0.05}}.")
+        for name, share in self.denser.items():
+            if name != DENSE and not isinstance(parse_pattern(name), NM):
+                raise ValueError(f"denser[{name!r}]: must be 'dense' or N:M.")
+            _number(f"denser[{name!r}]", share, 0, 1, "0.1")
+        if self.denser and not isinstance(pattern, NM):
+            raise ValueError(f"denser={self.denser!r}: for N:M patterns; allocation='error' is for unstructured.")
+
+    def _check_second_order(self) -> None:
+        """A built-in method that sees no Gram matrix cannot do what was asked for explicitly."""
+        if self.refine is None and self.build_method().needs < Needs.GRAM:
+            for name in SECOND_ORDER:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs a second-order method, and {self.method!r} is none: "
+                        "use 'sparsegpt', 'rose', 'admm', or refine='pcg'."
+                    )
 
     def pattern_for(self, name: str) -> Pattern | str:
         """The pattern of the linear layer with this full name, or in words why it stays dense."""
@@ -225,6 +345,11 @@ def _one_of(name: str, value: Any, allowed: Any) -> None:
 def _integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: must be an integer from {least} up.")
+
+
+def _number(name: str, value: Any, least: float, most: float, example: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"{name}={value!r}: must be a number from {least:g} to {most:g}, such as {example}.")
 
 
 def _names(field_name: str, rules: Any, optional: bool) -> None:

@@ -14,9 +14,11 @@ class LayerReport:
         shape: [out, in].
         pattern: what was asked for; None if it stayed dense.
         sparsity: share of exact zeros now.
-        error: mean |dense output - pruned output|^2 / mean |dense output|^2 over calibration tokens: all of them for
-            SparseGPT, the first 2,048 for Wanda; None for magnitude, which sees no data.
+        error: mean |wanted - given|^2 / mean |wanted|^2 of its output over calibration tokens, weighted as the method
+            weighs them: all of them where it sees a Gram matrix, the first 2,048 for Wanda; None for magnitude, which
+            sees no data. What is wanted is the dense weights' output, shifted as the config says.
         seconds: for solving this layer, statistics not included.
+        note: what the method says of it: that ROSE reordered its columns, say.
         skipped: why it stayed dense.
     """
 
@@ -26,6 +28,7 @@ class LayerReport:
     sparsity: float = 0.0
     error: float | None = None
     seconds: float = 0.0
+    note: str = ""
     skipped: str | None = None
 
 

@@ -15,11 +15,13 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from optimum_sparse.kernels import cpu
+from optimum_sparse.kernels import precision
 
 
 transformers.utils.logging.disable_progress_bar()
-cpu._multiplies_bf16 = lambda: False  # the same arithmetic on every CPU; tests/kernels asks for the other one
+precision._multiplies_bf16 = lambda device: (
+    False
+)  # the same arithmetic on every device; tests/kernels asks for the other one
 torch.set_num_threads(1)
 
 

@@ -1,12 +1,14 @@
 """Tensors only: patterns, input statistics, the column sweep. Knows neither modules nor models."""
 
+from .least_squares import polish
 from .patterns import NM, Pattern, Unstructured, keep_mask, keep_top, parse_pattern, violation
-from .statistics import InputStats, Needs
-from .sweep import NotPositiveDefinite, Solved, column_sweep, inverse_factor
+from .statistics import CrossStats, InputStats, Needs
+from .sweep import NotPositiveDefinite, Solved, column_sweep, inverse_factor, sweep_block
 
 
 __all__ = [
     "NM",
+    "CrossStats",
     "InputStats",
     "Needs",
     "NotPositiveDefinite",
@@ -18,5 +20,7 @@ __all__ = [
     "keep_mask",
     "keep_top",
     "parse_pattern",
+    "polish",
+    "sweep_block",
     "violation",
 ]

@@ -4,7 +4,9 @@ Activations are not kept, but for a bounded sample where no Gram matrix can give
 per token, over non-padding tokens.
 """
 
+from collections.abc import Callable, Hashable
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,42 +35,50 @@ class InputStats:
     def __init__(self, in_features: int, needs: Needs, device: torch.device | str = "cpu"):
         self.needs = needs
         self.tokens = 0
+        self._weight: float | Tensor = 0.0
         shape = (in_features, in_features) if needs is Needs.GRAM else (in_features,)
         self._sum = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._gram: Tensor | None = None
-        self._factors: dict[float, Tensor] = {}
+        self._cache: dict[Hashable, Any] = {}
         self._sample: list[Tensor] = []
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens x [tokens, in]."""
+    def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
+        """Add the tokens x [tokens, in], each with its weight >= 0 (fp32 [tokens]; all 1 unless given)."""
         if self.needs is not Needs.GRAM and self.tokens < SAMPLE_TOKENS:
             self._sample.append(x[: SAMPLE_TOKENS - self.tokens].clone())
         self.tokens += x.shape[0]
-        self._gram = None
-        self._factors.clear()
+        self._weight += x.shape[0] if token_weight is None else token_weight.sum()
+        self._cache.clear()
+        if token_weight is not None:
+            x = _scaled(x, token_weight.sqrt())
         if self.needs is Needs.GRAM:
             _add_gram_upper(self._sum, x)
         else:
             self._sum += x.float().square().sum(0)
 
+    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """`compute()`, once for all layers that share this input; forgotten at the next update."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
     @property
     def gram(self) -> Tensor:
         """Mean of x x^T: fp32 [in, in]. Only for Needs.GRAM."""
-        if self._gram is None:
-            self._gram = self._sum.triu().div_(self.tokens)
-            self._gram += self._gram.triu(1).T
-        return self._gram
+
+        def mirrored() -> Tensor:
+            gram = self._sum.triu().div_(self._weight)
+            return gram.add_(gram.triu(1).T)
+
+        return self.cached("gram", mirrored)
 
     @property
     def mean_square(self) -> Tensor:
         """Mean of x_j^2: fp32 [in]."""
-        return (self._sum.diagonal() if self.needs is Needs.GRAM else self._sum) / self.tokens
+        return (self._sum.diagonal() if self.needs is Needs.GRAM else self._sum) / self._weight
 
     def inverse_factor(self, damping: float) -> Tensor:
         """`core.sweep.inverse_factor` of the Gram matrix, computed once for all layers that share this input."""
-        if damping not in self._factors:
-            self._factors[damping] = inverse_factor(self.gram, damping)
-        return self._factors[damping]
+        return self.cached(("factor", damping), lambda: inverse_factor(self.gram, damping))
 
     def relative_error(self, weight: Tensor, pruned: Tensor) -> float:
         """mean |(pruned - weight) x|^2 / mean |weight x|^2 for matrices [out, in].
@@ -84,21 +94,48 @@ class InputStats:
         return (power(pruned - weight) / power(weight).clamp(min=torch.finfo(torch.float32).tiny)).item()
 
 
-def _add_gram_upper(total: Tensor, x: Tensor) -> None:
-    """total [in, in] += x^T x for x [tokens, in], tiles on and above the diagonal only: half of the work.
+class CrossStats:
+    """Streaming mean of y x^T over tokens, fp32 [outputs, inputs]."""
 
-    Products of bf16/fp16 inputs are accumulated in fp32; a result rounded to bf16 would not do (its error does not
-    average out over batches).
+    def __init__(self, outputs: int, inputs: int, device: torch.device | str = "cpu"):
+        self._sum = torch.zeros(outputs, inputs, dtype=torch.float32, device=device)
+        self._weight: float | Tensor = 0.0
+
+    def update(self, y: Tensor, x: Tensor, token_weight: Tensor | None = None) -> None:
+        """Add the tokens y [tokens, outputs] and x [tokens, inputs], each with its weight as in InputStats."""
+        self._weight += x.shape[0] if token_weight is None else token_weight.sum()
+        if token_weight is not None:
+            y = _scaled(y, token_weight)
+        _add_product(self._sum, y.to(x.dtype).T, x)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._weight
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Every row of x [tokens, n] times its factor [tokens], in x's dtype."""
+    return (x * factor[:, None]).to(x.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [m, n] += left [m, k] @ right [k, n]; sums in fp32, whatever the inputs are.
+
+    A result rounded to bf16 would not do: its error does not average out over batches.
     """
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        total += torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def _add_gram_upper(total: Tensor, x: Tensor) -> None:
+    """total [in, in] += x^T x for x [tokens, in], tiles on and above the diagonal only: half of the work."""
     n = total.shape[0]
     tile = max(256, n // 8)
     if x.device.type != "cuda":
         x = x.float()
     for start in range(0, n, tile):
-        left = x[:, start : start + tile].T
-        right = x[:, start:]
-        block = total[start : start + tile, start:]
-        if x.dtype == torch.float32:
-            block.addmm_(left, right)
-        else:
-            block += torch.mm(left, right, out_dtype=torch.float32)
+        _add_product(total[start : start + tile, start:], x[:, start : start + tile].T, x[:, start:])

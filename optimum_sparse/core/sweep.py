@@ -4,18 +4,24 @@ SparseGPT, Frantar and Alistarh 2023, arXiv 2301.00774, section 3 and algorithm 
 factor: with G = mean x x^T + damping, the paper's `Cholesky(H^-1)^T` is `U` here, upper, G^-1 = U^T U.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .patterns import NM, Pattern, keep_top
+
 
 class Solved(NamedTuple):
-    """A pruned matrix: `weight` fp32 [out, in], exactly 0 wherever `keep` (bool [out, in]) is False."""
+    """A pruned matrix: `weight` fp32 [out, in], exactly 0 wherever `keep` (bool [out, in]) is False.
+
+    `note` is what the method wants the report to say of this layer.
+    """
 
     weight: Tensor
     keep: Tensor
+    note: str = ""
 
 
 class NotPositiveDefinite(ValueError):
@@ -56,49 +62,83 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 def column_sweep(
     weight: Tensor,
     factor: Tensor,
-    choose: Callable[[Tensor, int], Tensor],
+    pattern: Pattern,
     *,
-    decide_every: int,
     block_size: int = 128,
+    widths: Sequence[int] | None = None,
 ) -> Solved:
     """Go through the columns from left to right; each removed weight is compensated by all columns after it.
 
-    The mask of `decide_every` columns is chosen when the sweep reaches them, from weights that already carry all
-    compensation so far: the score is w^2 / U_jj^2, the loss of removing that weight alone.
+    A weight's score is w^2 / U_jj^2, the loss of removing it alone, from weights that already carry all compensation
+    so far. N:M masks are chosen per row and group as the sweep reaches the group; unstructured masks per block,
+    jointly over all rows (section 3.3 of the paper).
 
-    Columns are updated lazily on two levels: one matrix product per block for everything after it, one per panel of
-    about 16 columns inside a block, and rank-one updates only inside a panel.
+    Columns are updated lazily: one matrix product per block for everything after it, the rest inside `sweep_block`.
 
     Args:
         weight: fp32 [out, in].
         factor: `inverse_factor` of the inputs, fp32 [in, in].
-        choose: (score [out, n], first column) -> keep bool [out, n].
-        decide_every: n above; divides block_size.
-        block_size: columns between two full updates.
+        block_size: columns between two full updates; N:M rounds it to whole groups.
+        widths: of the blocks, if they are not all `block_size` wide.
     """
-    if block_size % decide_every:
-        raise ValueError(f"block_size={block_size} must be a multiple of decide_every={decide_every}.")
-    panel = decide_every if decide_every >= 16 else 16 // decide_every * decide_every
-    if panel == block_size:
-        panel = 16
     columns = weight.T.contiguous().clone()  # [in, out]: a column of the weight is one contiguous row
     keep = torch.empty_like(columns, dtype=torch.bool)
-    width = len(columns)
+    width, rows = columns.shape
+    kept, group = (pattern.kept, pattern.group) if isinstance(pattern, NM) else (0, 0)
+    if isinstance(pattern, NM):
+        pattern.check_width(width)
+        block_size = max(block_size // group, 1) * group
+    if widths is None:
+        widths = [min(block_size, width - start) for start in range(0, width, block_size)]
     scale = factor.diagonal()[:, None]
-    for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        errors = torch.empty_like(columns[start:stop])  # (w - q) / U_jj
-        for first in range(start, stop, panel):
-            last = min(first + panel, stop)
-            columns[first:last] -= factor[start:first, first:last].T @ errors[: first - start]
-            for j in range(first, last):
-                if j % decide_every == 0:
-                    chosen = slice(j, min(j + decide_every, stop))
-                    keep[chosen] = choose((columns[chosen] / scale[chosen]).square().T, j).T
-                error = errors[j - start]
-                torch.div(columns[j], scale[j], out=error).masked_fill_(keep[j], 0)
-                if j + 1 < last:
-                    columns[j + 1 : last] -= factor[j, j + 1 : last, None] * error
-        columns[stop:] -= factor[start:stop, stop:].T @ errors
+    start = 0
+    for size in widths:
+        stop = start + size
+        block = slice(start, stop)
+        if not isinstance(pattern, NM):
+            score = (columns[block] / scale[block]).square().T.reshape(1, -1)
+            count = pattern.kept(rows * stop) - pattern.kept(rows * start)  # exact over the whole matrix
+            keep[block] = keep_top(score, count).view(rows, size).T
+        errors = sweep_block(columns[block], keep[block], factor[block, block], kept, group)
+        columns[stop:] -= factor[block, stop:].T @ errors
+        start = stop
     columns *= keep
     return Solved(columns.T.contiguous(), keep.T.contiguous())
+
+
+def sweep_block_reference(columns: Tensor, keep: Tensor, factor: Tensor, kept: int, group: int) -> Tensor:
+    """Sweep the columns of one block in place: what `sweep_block` does where `kernels` has nothing faster.
+
+    Rank-one updates are made inside panels of about 16 columns only, and one matrix product per panel.
+
+    Args:
+        columns: fp32 [n, out], one contiguous row per column of the weight.
+        keep: bool [n, out]; given, or written if `group` is not 0: then `kept` of every `group` columns stay.
+        factor: the block of U on the diagonal, fp32 [n, n].
+
+    Returns:
+        (w - q) / U_jj of every weight, fp32 [n, out]: what the columns after the block are to be updated with.
+    """
+    n = len(columns)
+    errors = torch.empty_like(columns)
+    scale = factor.diagonal()[:, None]
+    panel = (
+        group if group >= 16 else 16 // max(group, 1) * max(group, 1)
+    )  # a group is chosen when all of it is up to date
+    panel = 16 if panel == n else panel
+    for first in range(0, n, panel):
+        last = min(first + panel, n)
+        columns[first:last] -= factor[:first, first:last].T @ errors[:first]
+        for j in range(first, last):
+            if group and j % group == 0:
+                chosen = slice(j, j + group)
+                keep[chosen] = keep_top((columns[chosen] / scale[chosen]).square().T, kept).T
+            torch.div(columns[j], scale[j], out=errors[j]).masked_fill_(keep[j], 0)
+            if j + 1 < last:
+                columns[j + 1 : last] -= factor[j, j + 1 : last, None] * errors[j]
+    return errors
+
+
+sweep_block = torch.library.custom_op(
+    "optimum_sparse::sweep_block", sweep_block_reference, mutates_args=("columns", "keep")
+)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import load_documents
 from ..hf.placement import execution_device
-from ..kernels.cpu import onednn_fp32
+from ..kernels.precision import onednn_fp32
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: l
 
         return forward
 
-    with _replaced_forwards(blocks, recorder):
+    with replaced_forwards(blocks, recorder):
         for batch in tqdm(batches, desc="Recording", unit="batch", leave=False):
             with contextlib.suppress(_Recorded):
                 model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
@@ -234,7 +234,7 @@ def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: l
 
 
 @contextlib.contextmanager
-def _replaced_forwards(blocks: Sequence[nn.Module], make: Any) -> Iterator[None]:
+def replaced_forwards(blocks: Sequence[nn.Module], make: Any) -> Iterator[None]:
     """Each block's forward is make(index); whatever was set on the instance before (accelerate hooks) comes back."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:

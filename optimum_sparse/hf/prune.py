@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..allocation import allocate
 from ..calibration import calibration_batches
 from ..config import DENSE, SparsityConfig, describe_dataset
 from ..core import Needs
-from ..methods import Method
+from ..methods import Method, Polished
 from ..nn import SparseLinear
-from ..pipeline import Calls, prune_blocks
+from ..pipeline import Calls, Objective, Reconstruction, Sensitivity, prune_blocks
 from ..report import PruningReport
 from .blocks import full_name, is_linear, make_plan, record_calls
 from .placement import execution_device, onload
+from .sensitivity import fisher
 
 
 def prune_model(
@@ -43,22 +45,54 @@ def prune_model(
     # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
     data = config.dataset if dataset is None else dataset
     described = describe_dataset(data)
+    own = method is not None  # an object of the caller's: it gets what it asks for, and nothing else by default
     method = method or config.build_method()
+    name = type(method).__name__
+    if config.refine is not None:
+        method = Polished(method, config.damping)
+    config = config.resolved(second_order=method.needs is Needs.GRAM and not own)
     plan = make_plan(model, config)
-    seconds: dict[str, float] = {}
+    report = PruningReport(method=name)
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        report.seconds[name] = time.perf_counter() - started
+
     with _evaluating(model):
-        started = time.perf_counter()
         calls: Calls | None = None
-        if method.needs > Needs.NOTHING:
-            calls = _calibrate(model, config, data, tokenizer, [block.module for block in plan.blocks])
-            seconds["calibration data"] = time.perf_counter() - started
-        started = time.perf_counter()
-        layers = prune_blocks(plan.blocks, calls, method, onload)
-        seconds["pruning"] = time.perf_counter() - started
+        sensitivity: Sensitivity | None = None
+        if method.needs > Needs.NOTHING or measures_layers(config):
+            with phase("calibration data"):
+                batches = _batches(model, config, data, tokenizer)
+                calls = record_calls(model, [block.module for block in plan.blocks], batches)
+            if config.fisher or config.allocation == "error" or config.denser:
+                with phase("sensitivity"):
+                    sensitivity = fisher(model, plan.blocks, batches, config.seed)
+        if config.allocation != "uniform" or config.denser:
+            with phase("allocation"):
+                chosen = allocate(config, plan.blocks, calls, sensitivity, onload, full_name(model))
+            config = copy.copy(config)
+            config.layers = config.layers | chosen
+            plan = make_plan(model, config)
+        with phase("pruning"):
+            layers = prune_blocks(
+                plan.blocks,
+                calls,
+                method,
+                onload,
+                objective=Objective(
+                    bool(config.staged),
+                    config.input_shift or 0.0,
+                    config.residual_shift or 0.0,
+                    config.damping,
+                    sensitivity if config.fisher else None,
+                ),
+                reconstruction=_reconstruction(config),
+            )
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    report = PruningReport(
-        sorted(layers + plan.skipped, key=lambda layer: order[layer.name]), seconds, type(method).__name__
-    )
+    report.layers = sorted(layers + plan.skipped, key=lambda layer: order[layer.name])
     stored = copy.copy(config)
     stored.dataset = described
     left_out = [layer.name for layer in report.skipped if is_linear(model.get_submodule(layer.name))]
@@ -68,10 +102,21 @@ def prune_model(
     return stored, report
 
 
-def _calibrate(
-    model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any, blocks: list[nn.Module]
-) -> Calls:
-    """Token batches of `data`, and what the model calls its blocks with on them."""
+def measures_layers(config: SparsityConfig) -> bool:
+    """Whether the recipe needs calibration data for more than its method."""
+    return config.allocation in ("owl", "error") or bool(config.denser) or config.refine is not None
+
+
+def _reconstruction(config: SparsityConfig) -> Reconstruction | None:
+    if config.refine != "reconstruct":
+        return None
+    return Reconstruction(
+        config.reconstruction_learning_rate, config.reconstruction_passes, config.reconstruction_samples, config.seed
+    )
+
+
+def _batches(model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+    """Token batches of `data` that fit the model."""
     if isinstance(data, str | list):
         _check_length(model, config.sequence_length)
     batches = calibration_batches(
@@ -84,7 +129,7 @@ def _calibrate(
         sample=lambda samples, tokens, seed: sample_text(model, samples, tokens, seed),
     )
     _check_tokens(model, batches)
-    return record_calls(model, blocks, batches)
+    return batches
 
 
 @contextlib.contextmanager

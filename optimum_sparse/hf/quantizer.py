@@ -21,7 +21,7 @@ from ..report import PruningReport
 from .blocks import make_plan
 from .checkpoint import check_stored, read_headers, read_report, stored_matrices
 from .placement import offloaded_weight
-from .prune import prune_model
+from .prune import measures_layers, prune_model
 
 
 class SparsityQuantizer(HfQuantizer):
@@ -238,7 +238,7 @@ def compress(model: PreTrainedModel, config: SparsityConfig) -> None:
 def needs_tokenizer(config: SparsityConfig) -> bool:
     """Whether this recipe reads calibration text."""
     reads_text = isinstance(config.dataset, str | list) and config.dataset != "self"
-    return reads_text and config.build_method().needs > Needs.NOTHING
+    return reads_text and (config.build_method().needs > Needs.NOTHING or measures_layers(config))
 
 
 def load_tokenizer(model: PreTrainedModel, **kwargs: Any) -> Any:

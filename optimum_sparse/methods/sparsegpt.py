@@ -4,15 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core import NM, InputStats, Needs, Pattern, Solved, column_sweep, keep_top
+from ..core import InputStats, Needs, Pattern, Solved, column_sweep
 
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """The sweep of `core.sweep` with the paper's adaptive mask selection.
-
-    N:M masks are chosen per row and group as the sweep reaches the group; unstructured masks per block of columns,
-    jointly over all rows (section 3.3 of the paper).
+    """The sweep of `core.sweep`, in the order of the columns.
 
     Attributes:
         damping: added to the diagonal of the Gram matrix, relative to its mean.
@@ -24,23 +21,5 @@ class SparseGPT:
     needs = Needs.GRAM
 
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
-        factor = stats.inverse_factor(self.damping)
-        dead = stats.mean_square == 0
-        weight = weight.masked_fill(dead, 0)
-        if isinstance(pattern, NM):
-            pattern.check_width(weight.shape[1])
-            block = max(self.block_size // pattern.group, 1) * pattern.group
-            return column_sweep(
-                weight,
-                factor,
-                lambda score, _: keep_top(score, pattern.kept),
-                decide_every=pattern.group,
-                block_size=block,
-            )
-
-        def choose(score: Tensor, first: int) -> Tensor:
-            rows, columns = score.shape
-            kept = pattern.kept(rows * (first + columns)) - pattern.kept(rows * first)  # exact over the whole matrix
-            return keep_top(score.reshape(1, -1), kept).reshape(score.shape)
-
-        return column_sweep(weight, factor, choose, decide_every=self.block_size, block_size=self.block_size)
+        weight = weight.masked_fill(stats.mean_square == 0, 0)  # inputs that are always 0
+        return column_sweep(weight, stats.inverse_factor(self.damping), pattern, block_size=self.block_size)

@@ -134,7 +134,9 @@ def test_a_newer_version_is_named_before_the_keys_that_only_it_knows():
 
 
 def test_errors_say_what_is_allowed():
-    with pytest.raises(ValueError, match=r"method='x': must be one of \['magnitude', 'sparsegpt', 'wanda'\]"):
+    with pytest.raises(
+        ValueError, match=r"method='x': must be one of \['admm', 'magnitude', 'rose', 'sparsegpt', 'wanda'\]"
+    ):
         SparsityConfig(method="x")
     with pytest.raises(ValueError, match=r"sparsity=0\.6 contradicts pattern='2:4', which removes 0\.5: leave it out"):
         SparsityConfig(sparsity=0.6)

@@ -1,84 +1,155 @@
-"""What methods and patterns cost on a real model: perplexity, layer error, seconds. Run by hand; prints a table.
+"""What methods, patterns and recipes cost on a real model. Run by hand; prints a table.
 
-    python tests/benchmarks/quality.py MODEL --calibration FILE --text wiki.test.raw --windows 20
+    python tests/benchmarks/quality.py MODEL --c4 c4_train_1000.jsonl --text wiki.test.raw --lambada lambada_openai.jsonl
 
-MODEL is an id or folder. FILE holds token ids (`input_ids` [samples, tokens] in safetensors) or is anything that
-SparsityConfig.dataset takes. The dense value comes first; log-gap is ln(perplexity / dense perplexity).
+MODEL is an id or folder. Every fourth document of the C4 file is held out, the others calibrate, shuffled by the seed;
+--calibration takes token ids instead (`input_ids` [samples, tokens] in safetensors). LAMBADA is a file of `context` and
+`continuation`: the share of last words that are the model's own greedy choice. The dense model comes first; log-gap is
+ln(perplexity / dense perplexity) on --text. Evaluation multiplies as calibration does (bf16 where the device can).
+
+A row is one of ROWS, or NAME=JSON with fields of SparsityConfig: --rows sparsegpt 'mine={"method": "admm", ...}'.
 """
 
 import argparse
+import json
 import math
-import resource
 import time
+from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import optimum_sparse
 from optimum_sparse import Pruner, SparsityConfig
 from optimum_sparse.evaluation import perplexity
+from optimum_sparse.kernels.precision import fast_forward
+
+
+ROWS = {
+    "magnitude": ("paper", {"method": "magnitude"}),
+    "wanda": ("paper", {"method": "wanda"}),
+    "sparsegpt": ("paper", {"method": "sparsegpt"}),
+    "rose": ("paper", {"method": "rose"}),
+    "admm": ("paper", {"method": "admm"}),
+    "fast": ("fast", {}),
+    "best": ("best", {}),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--c4", help="documents: a .jsonl file with `text`")
+    parser.add_argument("--calibration", help="token ids, in place of documents of --c4")
     parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "16:32", "0.5"], help="N:M, or a sparsity")
-    parser.add_argument("--windows", type=int, help="only the first windows of 2048 tokens")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lambada")
+    parser.add_argument("--lambada-items", type=int, default=1000)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8", "8:16", "16:32", "0.5", "0.6", "0.7"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--windows", type=int, help="only the first windows of 2048 tokens of each text")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    data = load_file(args.calibration)["input_ids"] if args.calibration.endswith(".safetensors") else args.calibration
-    text = load_file(args.text)["input_ids"] if args.text.endswith(".safetensors") else args.text
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    where = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    )
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{args.model}, {args.dtype}, {args.samples} x {args.tokens} tokens, {where}, {versions}, "
-          f"optimum-sparse {optimum_sparse.__version__}")  # fmt: skip
 
-    def load() -> transformers.PreTrainedModel:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    documents = [row["text"] for row in _rows(args.c4)]
+    held_out = documents[::4]
+    data = [text for number, text in enumerate(documents) if number % 4]
+    if args.calibration:
+        data = load_file(args.calibration)["input_ids"]
+    words = _rows(args.lambada)
+
+    def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=args.device)
 
-    def measure(model: transformers.PreTrainedModel) -> float:
-        return perplexity(model, tokenizer, text, max_windows=args.windows).perplexity
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        with fast_forward(torch.empty(0, dtype=model.dtype, device=args.device)):
+            found = {
+                "text": perplexity(model, tokenizer, args.text, max_windows=args.windows, batch_size=4).perplexity
+            }
+            if held_out:
+                found["c4"] = perplexity(model, tokenizer, held_out, max_windows=args.windows, batch_size=4).perplexity
+            if words:
+                found["lambada"] = lambada(model, tokenizer, words[: args.lambada_items])
+        return found
 
+    on = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{args.model}, {args.dtype}, {args.samples} x {args.tokens} tokens, {on}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, optimum-sparse {optimum_sparse.__version__}"
+    )
+    print("| row | pattern | seed | WikiText-2 | log-gap | C4 | LAMBADA | layer error | seconds | of which |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     dense = measure(load())
-    print("| method | pattern | perplexity | log-gap | mean layer error | pruning seconds | peak MB of the process |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| dense | | {dense:.2f} | 0 | | | |", flush=True)
+    print(f"| dense | | | {dense['text']:.2f} | 0 | {_cell(dense, 'c4', 2)} | {_cell(dense, 'lambada', 3)} | | | |")
     for pattern in args.patterns:
         what = {"pattern": pattern} if ":" in pattern else {"pattern": "unstructured", "sparsity": float(pattern)}
-        for method in args.methods:
-            config = SparsityConfig(
-                method=method,
-                dataset=data,
-                num_samples=args.samples,
-                sequence_length=args.tokens,
-                batch_size=args.batch_size,
-                **what,
-            )
-            pruner = Pruner.from_pretrained(load(), tokenizer)
-            started = time.perf_counter()
-            model = pruner.prune(config)
-            taken = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-            errors = [layer.error for layer in pruner.report.pruned if layer.error is not None]
-            error = f"{sum(errors) / len(errors):.4f}" if errors else "-"
-            value = measure(model)
-            print(
-                f"| {method} | {pattern} | {value:.2f} | {math.log(value / dense):.2f} | {error} | {taken:.1f} "
-                f"| {peak:,} |",
-                flush=True,
-            )
+        for row in args.rows:
+            name, _, given = row.partition("=")
+            recipe, changes = ("paper", json.loads(given)) if given else ROWS[name]
+            recipe = changes.pop("recipe", recipe)
+            for seed in args.seeds:
+                options = {
+                    "num_samples": args.samples,
+                    "sequence_length": args.tokens,
+                    "seed": seed,
+                    **what,
+                    **changes,
+                }
+                pruner = Pruner.from_pretrained(load(), tokenizer)
+                started = time.perf_counter()
+                model = pruner.prune(SparsityConfig.recipe(recipe, dataset=data, **options))
+                if args.device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                taken = time.perf_counter() - started
+                found = measure(model)
+                pruned = pruner.report.pruned
+                errors = [layer.error for layer in pruned if layer.error is not None]
+                error = f"{sum(errors) / len(errors):.4f}" if errors else "-"
+                fired = sum(layer.note.startswith("reordered") for layer in pruned)
+                phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in pruner.report.seconds.items())
+                gap = math.log(found["text"] / dense["text"])
+                print(
+                    f"| {name} | {pattern} | {seed} | {found['text']:.2f} | {gap:.3f} | {_cell(found, 'c4', 2)} | {_cell(found, 'lambada', 3)} | {error} | {taken:.1f} | {phases}"
+                    f"{f'; {fired} layers reordered' if fired else ''} |",
+                    flush=True,
+                )
+                del model, pruner
+
+
+def _rows(path: str | None) -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] if path else []
+
+
+def _cell(found: dict[str, float], name: str, digits: int) -> str:
+    return f"{found[name]:.{digits}f}" if name in found else ""
+
+
+@torch.no_grad()
+def lambada(model: PreTrainedModel, tokenizer: object, items: list[dict[str, str]], batch_size: int = 64) -> float:
+    """Share of items whose continuation is what the model would write, token by token."""
+    encoded = []
+    for item in items:
+        context = tokenizer(item["context"])["input_ids"]
+        encoded.append((context, tokenizer(" " + item["continuation"], add_special_tokens=False)["input_ids"]))
+    encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    right = 0
+    for start in range(0, len(encoded), batch_size):
+        batch = encoded[start : start + batch_size]
+        width = max(len(context) + len(word) for context, word in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)  # padded on the right: causal, so it does not matter
+        for row, (context, word) in enumerate(batch):
+            ids[row, : len(context) + len(word)] = torch.tensor(context + word)
+        choice = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
+        for row, (context, word) in enumerate(batch):
+            place = slice(len(context) - 1, len(context) + len(word) - 1)
+            right += choice[row, place].tolist() == word
+    return right / len(encoded)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from jaxtyping import Bool, Float, Int64, UInt8, jaxtyped
 from torch import Tensor
 
-from optimum_sparse.core import NM, Pattern, Unstructured, column_sweep, inverse_factor, keep_mask, keep_top
+from optimum_sparse.core import (
+    NM,
+    CrossStats,
+    Pattern,
+    Unstructured,
+    column_sweep,
+    inverse_factor,
+    keep_mask,
+    keep_top,
+    polish,
+    sweep_block,
+)
 from optimum_sparse.formats import bitmask
 
 
@@ -33,14 +44,40 @@ def shaped_inverse_factor(gram: Float[Tensor, "in in"], damping: float) -> Float
 
 
 @shaped
-def shaped_sweep(
-    weight: Float[Tensor, "out in"], factor: Float[Tensor, "in in"], every: int
-) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
-    @shaped
-    def choose(score: Float[Tensor, "out n"], first: int) -> Bool[Tensor, "out n"]:
-        return keep_top(score, score.shape[1] // 2)
+def shaped_sweep_block(
+    columns: Float[Tensor, "n out"], keep: Bool[Tensor, "n out"], factor: Float[Tensor, "n n"], kept: int, group: int
+) -> Float[Tensor, "n out"]:
+    return sweep_block(columns, keep, factor, kept, group)
 
-    return tuple(column_sweep(weight, factor, choose, decide_every=every, block_size=4 * every))
+
+@shaped
+def shaped_sweep(
+    weight: Float[Tensor, "out in"],
+    factor: Float[Tensor, "in in"],
+    pattern: Pattern,
+    block_size: int,
+    widths: list[int] | None,
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    return tuple(column_sweep(weight, factor, pattern, block_size=block_size, widths=widths))[:2]
+
+
+@shaped
+def shaped_polish(
+    weight: Float[Tensor, "out in"],
+    keep: Bool[Tensor, "out in"],
+    target: Float[Tensor, "out in"],
+    gram: Float[Tensor, "in in"],
+) -> Float[Tensor, "out in"]:
+    return polish(weight, keep, target, gram, 0.01, 3)
+
+
+@shaped
+def shaped_cross(
+    y: Float[Tensor, "tokens outputs"], x: Float[Tensor, "tokens inputs"], token_weight: Float[Tensor, " tokens"]
+) -> Float[Tensor, "outputs inputs"]:
+    stats = CrossStats(y.shape[1], x.shape[1])
+    stats.update(y, x, token_weight)
+    return stats.mean
 
 
 @shaped
@@ -97,11 +134,36 @@ def test_keep_top(shape: list[int], data: st.DataObject):
 
 
 @few
-@given(rows=sizes, width=st.integers(1, 40), every=st.sampled_from([1, 2, 4, 8]))
-def test_sweep(rows: int, width: int, every: int):
+@given(rows=sizes, widths=st.lists(st.integers(1, 20), min_size=1, max_size=4), sparsity=st.floats(0, 0.99))
+def test_unstructured_sweep(rows: int, widths: list[int], sparsity: float):
+    width = sum(widths)
+    x = torch.randn(8, width)
+    gram = x.T @ x / 8
+    factor = shaped_inverse_factor(gram, 0.1)
+    weight = torch.randn(rows, width)
+    shaped_sweep(weight, factor, Unstructured(sparsity), 16, None)
+    solved, keep = shaped_sweep(weight, factor, Unstructured(sparsity), 16, widths)
+    shaped_polish(solved, keep, weight, gram)
+    shaped_sweep_block(weight.T.contiguous(), keep.T.contiguous(), factor, 0, 0)
+
+
+@few
+@given(rows=sizes, groups=sizes, group=st.integers(2, 20), data=st.data())
+def test_nm_sweep(rows: int, groups: int, group: int, data: st.DataObject):
+    pattern = NM(data.draw(st.integers(1, group - 1)), group)
+    width = groups * group
     x = torch.randn(8, width)
     factor = shaped_inverse_factor(x.T @ x / 8, 0.1)
-    shaped_sweep(torch.randn(rows, width), factor, every)
+    weight = torch.randn(rows, width)
+    shaped_sweep(weight, factor, pattern, data.draw(st.integers(1, 40)), None)
+    keep = torch.empty(width, rows, dtype=torch.bool)
+    shaped_sweep_block(weight.T.contiguous(), keep, factor, pattern.kept, group)
+
+
+@few
+@given(tokens=sizes, outputs=sizes, inputs=sizes)
+def test_cross_stats(tokens: int, outputs: int, inputs: int):
+    shaped_cross(torch.randn(tokens, outputs), torch.randn(tokens, inputs), torch.rand(tokens))
 
 
 def test_the_checks_check():

@@ -1,11 +1,23 @@
 """The factor and the sweep against linear algebra from scratch, in float64."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from helpers import ar_inputs, random_weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from optimum_sparse.core import NotPositiveDefinite, column_sweep, inverse_factor, keep_top
+from optimum_sparse.core import (
+    NM,
+    NotPositiveDefinite,
+    Pattern,
+    Unstructured,
+    column_sweep,
+    inverse_factor,
+    sweep_block,
+)
 
 
 def gram_of(x: Tensor) -> Tensor:
@@ -67,80 +79,209 @@ def test_a_matrix_that_is_not_positive_definite_raises_and_is_a_value_error():
         inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01)
 
 
-@pytest.mark.parametrize("column", [0, 1, 7, 8, 20, 38, 39])
-@pytest.mark.parametrize("block_size", [8, 128])
+def sweep_given_mask(weight: Tensor, keep: Tensor, factor: Tensor, block_size: int) -> Tensor:
+    """What `column_sweep` does around `sweep_block`, for a mask [out, in] that is there before."""
+    columns, keep = weight.T.clone(), keep.T.contiguous()
+    for start in range(0, len(columns), block_size):
+        block = slice(start, start + block_size)
+        errors = sweep_block(columns[block], keep[block], factor[block, block], 0, 0)
+        columns[start + block_size :] -= factor[block, start + block_size :].T @ errors
+    return (columns * keep).T
+
+
+def sweep_at_once(weight: Tensor, factor: Tensor, pattern: Pattern, widths: list[int]) -> tuple[Tensor, Tensor]:
+    """(weight, keep): every removed weight is compensated in all later columns before anything else happens."""
+    weight, keep = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    starts = dict(zip(accumulate([0, *widths[:-1]]), widths, strict=True))
+    for j in range(weight.shape[1]):
+        if j in starts:
+            score = (weight[:, j : j + starts[j]] / factor.diagonal()[j : j + starts[j]]).square()
+            if isinstance(pattern, Unstructured):
+                score = score.reshape(1, -1)
+            lowest = score.argsort(dim=1)[:, : round(pattern.sparsity * score.shape[1])]
+            keep[:, j : j + starts[j]] = torch.ones_like(score).scatter_(1, lowest, 0).reshape(len(weight), -1).bool()
+        error = weight[:, j] * ~keep[:, j] / factor[j, j]
+        weight[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
+        weight[:, j] *= keep[:, j]
+    return weight, keep
+
+
+# ---- sweep_block
+
+
+@pytest.mark.parametrize("column", [0, 1, 7, 8, 15, 16, 20, 38, 39])
+@pytest.mark.parametrize("block_size", [1, 8, 17, 40])
 def test_one_pruned_column_equals_least_squares(column: int, block_size: int):
     """From the activations themselves: no Gram matrix and no inverse in the reference."""
     x, weight = ar_inputs(300, 40).double(), random_weight(5, 40).double()
-
-    def choose(score: Tensor, first: int) -> Tensor:
-        keep = torch.ones_like(score, dtype=torch.bool)
-        if first <= column < first + score.shape[1]:
-            keep[:, column - first] = False
-        return keep
-
-    solved = column_sweep(weight, inverse_factor(gram_of(x), 0.0), choose, decide_every=4, block_size=block_size)
+    keep = torch.ones(5, 40, dtype=torch.bool)
+    keep[:, column] = False
+    swept = sweep_given_mask(weight, keep, inverse_factor(gram_of(x), 0.0), block_size)
     expected = weight.clone()
     lost = x[:, column, None] * weight[:, column]
     expected[:, column + 1 :] += torch.linalg.lstsq(x[:, column + 1 :], lost).solution.T
     expected[:, column] = 0
-    torch.testing.assert_close(solved.weight, expected, rtol=1e-7, atol=1e-8)
-    assert (~solved.keep).nonzero()[:, 1].unique().tolist() == [column]
+    torch.testing.assert_close(swept, expected, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("block_size", [1, 8, 17, 40])
+def test_first_columns_pruned_one_by_one_equal_least_squares_of_all_at_once(block_size: int):
+    """Another number of columns in every row: rows are problems of their own."""
+    x, weight = ar_inputs(300, 40).double(), random_weight(5, 40).double()
+    pruned = [0, 3, 16, 31, 40]
+    keep = torch.arange(40) >= torch.tensor(pruned)[:, None]
+    swept = sweep_given_mask(weight, keep, inverse_factor(gram_of(x), 0.0), block_size)
+    for row, first in enumerate(pruned):
+        expected = torch.zeros(40, dtype=torch.float64)
+        if first < 40:
+            expected[first:] = torch.linalg.lstsq(x[:, first:], x @ weight[row, :, None]).solution[:, 0]
+        torch.testing.assert_close(swept[row], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 32, 33, 50])
+def test_errors_are_what_was_removed_over_the_factor_and_a_given_mask_stays(n: int):
+    factor = inverse_factor(gram_of(ar_inputs(200, n)), 0.01)
+    columns, keep = random_weight(n, 5).double(), random_weight(n, 5, seed=1) > 0
+    before, given = columns.clone(), keep.clone()
+    errors = sweep_block(columns, keep, factor, 0, 0)
+    assert torch.equal(keep, given)
+    assert torch.equal(errors != 0, ~keep)
+    # Column j, when its turn comes, has all compensation by the columns before it: W - U_<j^T E.
+    when_reached = before - factor.triu(1).T @ errors
+    torch.testing.assert_close(errors, when_reached / factor.diagonal()[:, None] * ~keep, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(columns[keep], when_reached[keep], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "group"), [(8, 0), (40, 0), (8, 4), (40, 5), (24, 24), (48, 24)])
+def test_sweep_block_writes_only_what_it_says_it_writes(n: int, group: int):
+    """The schema of the custom op: columns and keep, never the factor, and no output that is an input."""
+    factor = inverse_factor(gram_of(ar_inputs(200, n)), 0.01).float()
+    arguments = (random_weight(n, 3), random_weight(n, 3) > 0, factor, group // 2, group)
+    torch.library.opcheck(sweep_block, arguments, test_utils=("test_schema",))
+
+
+# ---- column_sweep
+
+
+LAZY = [
+    *[(NM(2, 4), block_size) for block_size in (1, 4, 10, 12, 16, 128, 1000)],
+    *[(NM(1, 2), 2), (NM(3, 5), 35), (NM(3, 6), 24), (NM(3, 6), 100), (NM(4, 8), 40), (NM(5, 10), 7), (NM(1, 12), 12)],
+    *[(NM(6, 12), 128), (NM(7, 15), 40), (NM(8, 16), 48), (NM(12, 24), 48), (NM(20, 40), 50), (NM(120, 240), 128)],
+]
+
+
+@pytest.mark.parametrize(("pattern", "block_size"), LAZY, ids=str)
+def test_lazy_updates_of_nm_equal_updates_of_every_column_at_once(pattern: NM, block_size: int):
+    """Blocks and panels only save time: in float64, the same masks and weights as without them."""
+    weight, factor = random_weight(6, 240).double(), inverse_factor(gram_of(ar_inputs(400, 240)), 0.01)
+    solved = column_sweep(weight, factor, pattern, block_size=block_size)
+    expected, keep = sweep_at_once(weight, factor, pattern, [pattern.group] * (240 // pattern.group))
+    assert torch.equal(solved.keep, keep)
+    torch.testing.assert_close(solved.weight, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.875])
 @pytest.mark.parametrize(
-    ("decide_every", "block_size"), [(1, 4), (4, 4), (4, 128), (5, 125), (32, 32), (32, 128), (128, 128)]
+    ("block_size", "widths"),
+    [
+        (128, None),
+        (16, None),
+        (7, None),
+        (1000, None),
+        (128, [240]),
+        (128, [1] * 240),
+        (128, [1, 15, 16, 17, 50, 128, 13]),
+        (4, [112, 128]),
+    ],
+    ids=lambda value: f"widths{len(value)}" if isinstance(value, list) else str(value),
 )
-@pytest.mark.parametrize("width", [3, 128, 150, 300])
-def test_choose_is_asked_for_every_column_once_in_order(width: int, decide_every: int, block_size: int):
-    weight, asked = random_weight(2, width), []
+def test_lazy_updates_of_unstructured_blocks_equal_updates_at_once(sparsity: float, block_size: int, widths):
+    """Eight rows, so that every block's share is a whole number of weights. `widths` goes before `block_size`."""
+    weight, factor = random_weight(8, 240).double(), inverse_factor(gram_of(ar_inputs(400, 240)), 0.01)
+    pattern = Unstructured(sparsity)
+    solved = column_sweep(weight, factor, pattern, block_size=block_size, widths=widths)
+    equal = [len(part) for part in torch.arange(240).split(block_size)]
+    expected, keep = sweep_at_once(weight, factor, pattern, widths or equal)
+    assert torch.equal(solved.keep, keep)
+    torch.testing.assert_close(solved.weight, expected, rtol=1e-9, atol=1e-9)
 
-    def choose(score: Tensor, first: int) -> Tensor:
-        asked.append((first, score.shape[1]))
-        return keep_top(score, score.shape[1] // 2)
 
-    solved = column_sweep(weight, torch.eye(width), choose, decide_every=decide_every, block_size=block_size)
-    assert asked == [(first, min(decide_every, width - first)) for first in range(0, width, decide_every)]
-    # Uncorrelated inputs of size one: nothing to compensate, and the score is the squared weight.
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 7),
+    widths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    sparsity=st.floats(0, 1, exclude_max=True),
+)
+def test_unstructured_counts_are_exact_and_every_block_gives_its_share(rows: int, widths: list[int], sparsity: float):
+    width = sum(widths)
+    keep = column_sweep(random_weight(rows, width), torch.eye(width), Unstructured(sparsity), widths=widths).keep
+    assert int((~keep).sum()) == round(sparsity * rows * width)
+    for part in keep.split(widths, dim=1):
+        assert abs(int((~part).sum()) - sparsity * part.numel()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 3), NM(5, 12), Unstructured(0.5), Unstructured(0.75)], ids=str)
+@pytest.mark.parametrize("widths", [None, [24, 120, 36, 60], [240]], ids=str)
+def test_without_correlation_the_largest_weights_of_a_group_or_block_stay_as_they_are(pattern: Pattern, widths):
+    """Inputs of size one: nothing to compensate, and the score is the squared weight."""
+    weight = random_weight(4, 240)
+    solved = column_sweep(weight, torch.eye(240), pattern, widths=widths)
+    assert torch.equal(solved.weight, weight * solved.keep)
+    chosen = [pattern.group] * (240 // pattern.group) if isinstance(pattern, NM) else widths or [128, 112]
+    for values, kept in zip(weight.split(chosen, 1), solved.keep.split(chosen, 1), strict=True):
+        for v, k in zip(values, kept, strict=True) if isinstance(pattern, NM) else [(values, kept)]:
+            assert int(k.sum()) == round(k.numel() * (1 - pattern.sparsity))
+            assert v[k].abs().min() > v[~k].abs().max()
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 128])
+def test_ties_go_to_the_lower_column_and_later_ones_are_compared_after_compensation(block_size: int):
+    """Column 4 must take over for column 2, its copy with the other sign, which leaves nothing of both."""
+    weight = torch.ones(2, 8)
+    factor = torch.eye(8)
+    assert (
+        column_sweep(weight, factor, NM(2, 4), block_size=block_size).keep.tolist()
+        == [[True, True, False, False] * 2] * 2
+    )
+    factor[2, 4] = 1.0  # w_4 -= w_2
+    solved = column_sweep(weight, factor, NM(2, 4), block_size=block_size)
+    assert solved.weight.tolist() == [[1, 1, 0, 0, 0, 1, 1, 0]] * 2
+    assert solved.keep.tolist() == [[True, True, False, False, False, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 12), Unstructured(0.4)], ids=str)
+def test_a_weight_of_zeros_keeps_exact_counts(pattern: Pattern):
+    factor = inverse_factor(gram_of(ar_inputs(100, 36)), 0.01).float()
+    solved = column_sweep(torch.zeros(5, 36), factor, pattern, block_size=7)
+    assert not solved.weight.any()
+    assert int((~solved.keep).sum()) == round(pattern.sparsity * 5 * 36)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.999])
+def test_all_or_nothing(sparsity: float):
+    weight, factor = random_weight(3, 40), inverse_factor(gram_of(ar_inputs(100, 40)), 0.01).float()
+    solved = column_sweep(weight, factor, Unstructured(sparsity), widths=[1, 20, 19])
+    assert solved.keep.all() if sparsity == 0 else not solved.keep.any()
     assert torch.equal(solved.weight, weight * solved.keep)
 
 
-@pytest.mark.parametrize(("decide_every", "block_size"), [(4, 12), (4, 16), (5, 35), (6, 24), (16, 48), (24, 48)])
-def test_lazy_updates_equal_updates_of_every_column_at_once(decide_every: int, block_size: int):
-    """Blocks and panels only save time: in float64, the same masks and weights as without them."""
-    x, weight = ar_inputs(400, 240), random_weight(6, 240).double()
-    factor = inverse_factor(gram_of(x), 0.01)
-
-    current, keep = weight.clone(), torch.ones(6, 240, dtype=torch.bool)
-    for j in range(240):
-        if j % decide_every == 0:
-            group = slice(j, j + decide_every)
-            score = (current[:, group] / factor.diagonal()[group]).square()
-            keep[:, group] = keep_top(score, decide_every // 2)
-        error = current[:, j] * ~keep[:, j] / factor[j, j]
-        current[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
-        current[:, j] *= keep[:, j]
-
-    solved = column_sweep(
-        weight,
-        factor,
-        lambda score, _: keep_top(score, decide_every // 2),
-        decide_every=decide_every,
-        block_size=block_size,
-    )
-    assert torch.equal(solved.keep, keep)
-    torch.testing.assert_close(solved.weight, current, rtol=1e-9, atol=1e-9)
-
-
-def test_removed_weights_are_exactly_zero_and_arguments_are_not_modified():
-    weight, factor = random_weight(4, 32), inverse_factor(gram_of(ar_inputs(100, 32)), 0.01).float()
-    before = weight.clone(), factor.clone()
-    solved = column_sweep(weight, factor, lambda score, _: keep_top(score, 2), decide_every=4)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_removed_weights_are_exactly_zero_and_arguments_are_not_modified(pattern: Pattern, order: str):
+    weight, factor = random_weight(4, 64), inverse_factor(gram_of(ar_inputs(100, 64)), 0.01).float()
+    if order == "F":
+        weight = weight.T.contiguous().T  # the sweep works on columns: here, on the weight's own memory
+    before, widths = (weight.clone(), factor.clone()), [32, 32]
+    solved = column_sweep(weight, factor, pattern, widths=widths)
     assert torch.equal(solved.weight != 0, solved.keep)
+    assert solved.weight.is_contiguous()
+    assert solved.keep.is_contiguous()
     assert torch.equal(weight, before[0])
     assert torch.equal(factor, before[1])
+    assert widths == [32, 32]
 
 
-def test_block_size_must_hold_whole_groups():
-    with pytest.raises(ValueError, match=r"block_size=10 must be a multiple of decide_every=4"):
-        column_sweep(torch.ones(1, 20), torch.eye(20), lambda score, _: score > 0, decide_every=4, block_size=10)
+@pytest.mark.parametrize("width", [6, 129])
+def test_nm_refuses_a_width_that_is_no_multiple(width: int):
+    with pytest.raises(ValueError, match=rf"2:4 .*got {width}"):
+        column_sweep(torch.ones(4, width), torch.eye(width), NM(2, 4))

@@ -1,0 +1,262 @@
+"""How much each layer gives up: sparsities of its own for every matrix, or denser patterns for some, in one budget.
+
+What a layer would lose is measured by a method that prunes nothing: `prune_blocks` walks over the dense model with it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from .config import DENSE, SparsityConfig, matches
+from .core import InputStats, Needs, Pattern, Solved, Unstructured, column_sweep, parse_pattern
+from .pipeline import Block, Calls, Objective, Sensitivity, prune_blocks
+
+
+LOWEST, HIGHEST = 0.0, 0.99  # sparsity of a matrix
+BAND = 0.2  # how far allocation="error" may go from the target
+
+
+class ErrorCurves:
+    """What every matrix loses under each of several patterns: the squared output error of one SparseGPT sweep.
+
+    A method that keeps everything. Rows arrive scaled by what the likelihood feels of them, if that is known.
+
+    Attributes:
+        losses: for each matrix that was solved, in order, its loss under each pattern.
+    """
+
+    needs = Needs.GRAM
+
+    def __init__(self, patterns: Sequence[Pattern], damping: float, block_size: int):
+        self.patterns = patterns
+        self.damping = damping
+        self.block_size = block_size
+        self.losses: list[list[Tensor]] = []
+
+    def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
+        target = weight.masked_fill(stats.mean_square == 0, 0)
+        factor = stats.inverse_factor(self.damping)
+        losses = []
+        for candidate in self.patterns:
+            error = column_sweep(target, factor, candidate, block_size=self.block_size).weight - target
+            losses.append(((error @ stats.gram) * error).sum())
+        self.losses.append(losses)
+        return Solved(weight, torch.ones_like(weight, dtype=torch.bool))
+
+
+class OutlierRatios:
+    """Share of a block's Wanda scores above `multiple` times their mean: OWL, Yin et al. 2023, arXiv 2310.05175.
+
+    A method that keeps everything.
+
+    Attributes:
+        ratios: of every block that has matrices, in order.
+    """
+
+    needs = Needs.DIAGONAL
+
+    def __init__(self, blocks: Sequence[Block], multiple: float = 5.0):
+        self.ratios: list[float] = []
+        self._multiple = multiple
+        self._sizes = [len(block.linears) for block in blocks if block.linears]
+        self._scores: list[Tensor] = []
+
+    def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
+        self._scores.append((weight.abs() * stats.mean_square.sqrt()).flatten())
+        if len(self._scores) == self._sizes[len(self.ratios)]:
+            scores = torch.cat(self._scores)
+            self.ratios.append((scores > self._multiple * scores.mean()).float().mean().item())
+            self._scores = []
+        return Solved(weight, torch.ones_like(weight, dtype=torch.bool))
+
+
+def owl(ratios: Sequence[float], sizes: Sequence[int], target: float, spread: float = 0.08) -> list[float]:
+    """The sparsity of each block from its outlier ratio: up to `spread` below and above the target (section 4 there).
+
+    Args:
+        sizes: weights of each block.
+    """
+    d = torch.tensor(ratios, dtype=torch.float64)
+    r = (d - d.min()) / (d.max() - d.min()).clamp(min=1e-12) * 2 * spread
+    return meet_target((1 - target - r.mean() + r).mul(-1).add(1).tolist(), sizes, target)
+
+
+def share_out(
+    grid: Sequence[float], losses: Sequence[Sequence[float]], sizes: Sequence[int], target: float
+) -> list[float]:
+    """The sparsities that lose least in sum: one multiplier, the price of a weight, for all matrices.
+
+    Losses between the grid's points are interpolated in their logarithm.
+
+    Args:
+        grid: rising sparsities, at which losses[matrix] were measured.
+        sizes: weights of each matrix.
+        target: share of all weights to remove.
+    """
+    known = torch.tensor(grid, dtype=torch.float64)
+    fine = torch.linspace(grid[0], grid[-1], 201, dtype=torch.float64)
+    right = torch.searchsorted(known, fine).clamp(1, len(grid) - 1)
+    part = (fine - known[right - 1]) / (known[right] - known[right - 1])
+    log_loss = torch.tensor(losses, dtype=torch.float64).clamp(min=1e-300).log()
+    loss = torch.lerp(log_loss[:, right - 1], log_loss[:, right], part).exp()
+    size = torch.tensor(sizes, dtype=torch.float64)
+
+    def choice(price: float) -> Tensor:
+        return fine[(loss - price * size[:, None] * fine).argmin(1)]
+
+    low, high = -690.0, 690.0  # logarithm of the price
+    for _ in range(100):
+        middle = (low + high) / 2
+        removed = (choice(torch.tensor(middle).exp().item()) * size).sum() / size.sum()
+        low, high = (middle, high) if removed < target else (low, middle)
+    chosen = choice(torch.tensor(high, dtype=torch.float64).exp().item()).tolist()
+    return meet_target(chosen, sizes, target, grid[0], grid[-1])
+
+
+def meet_target(
+    sparsities: Sequence[float],
+    sizes: Sequence[int],
+    target: float,
+    lowest: float = LOWEST,
+    highest: float = HIGHEST,
+) -> list[float]:
+    """`sparsities` + one number, each kept within bounds, so that exactly `target` of all weights is removed.
+
+    Raises:
+        ValueError: the bounds do not allow it.
+    """
+    wanted = torch.tensor(sparsities, dtype=torch.float64)
+    size = torch.tensor(sizes, dtype=torch.float64)
+    if not lowest - 1e-9 <= target <= highest + 1e-9:
+        raise ValueError(
+            f"a sparsity of {target:g} of the layers to allocate cannot be met with each of them between {lowest:g} "
+            f"and {highest:g}."
+        )
+    low, high = -1.0, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        removed = ((wanted + middle).clamp(lowest, highest) * size).sum() / size.sum()
+        low, high = (middle, high) if removed < target else (low, middle)
+    return (wanted + high).clamp(lowest, highest).tolist()
+
+
+def upgrade(
+    losses: Sequence[Sequence[float]], sizes: Sequence[int], budgets: Sequence[tuple[str, float]]
+) -> dict[int, str]:
+    """Which matrices take a denser pattern: those that lose most per weight without it.
+
+    Args:
+        losses: for each matrix, under the pattern of all, then under each pattern of `budgets` (0 if that is dense).
+        sizes: weights of each matrix.
+        budgets: (pattern, share of all weights that may take it), filled one after the other.
+
+    Returns:
+        matrix -> pattern.
+    """
+    chosen: dict[int, str] = {}
+    for number, (pattern, share) in enumerate(budgets, 1):
+        left = share * sum(sizes)
+        gain = [(loss[0] - loss[number]) / size for loss, size in zip(losses, sizes, strict=True)]
+        for matrix in sorted(range(len(sizes)), key=lambda matrix: -gain[matrix]):
+            if matrix not in chosen and gain[matrix] > 0 and sizes[matrix] <= left:
+                chosen[matrix] = pattern
+                left -= sizes[matrix]
+    return chosen
+
+
+def given(rules: Mapping[str, float], names: Sequence[str], sizes: Sequence[int], target: float) -> list[float]:
+    """Sparsities by name, and one for all other matrices so that the target is met.
+
+    Raises:
+        ValueError: a matrix that two names give different values, or a target that cannot be met.
+    """
+    found = [{sparsity for rule, sparsity in rules.items() if matches(rule, name)} for name in names]
+    for name, values in zip(names, found, strict=True):
+        if len(values) > 1:
+            raise ValueError(
+                f"allocation gives {name} different sparsities, {sorted(values)}: make one more specific."
+            )
+    total = sum(sizes)
+    fixed = sum(min(values) * size for values, size in zip(found, sizes, strict=True) if values)
+    free = sum(size for values, size in zip(found, sizes, strict=True) if not values)
+    rest = (target * total - fixed) / max(free, 1)
+    if (free and not LOWEST <= rest <= HIGHEST) or (not free and abs(fixed / total - target) > 1e-4):
+        raise ValueError(
+            f"allocation removes {fixed / total:.4f} of the weights by name, which leaves a sparsity of {rest:.4f} "
+            f"for the other {free:,} of {total:,} weights to reach {target:g}: it must be between {LOWEST:g} and "
+            f"{HIGHEST:g}."
+        )
+    return [min(values) if values else rest for values in found]
+
+
+def allocate(
+    config: SparsityConfig,
+    blocks: Sequence[Block],
+    calls: Calls | None,
+    sensitivity: Sensitivity | None,
+    onload: Callable[[nn.Module], AbstractContextManager],
+    full_name: Callable[[str], str],
+) -> dict[str, str | float]:
+    """The sparsity or pattern of every matrix to which config.allocation or config.denser gives one of its own.
+
+    Matrices that config.layers names are not touched, and do not count.
+
+    Args:
+        blocks: of the dense model.
+        calls: not used up.
+        full_name: how the config calls a module.
+
+    Returns:
+        a module's full name -> sparsity, pattern or "dense".
+    """
+    chosen = [
+        Block(
+            block.name,
+            block.module,
+            [linear for linear in block.linears if not config.overrides(full_name(linear.name))],
+        )
+        for block in blocks
+    ]
+    linears = [linear for block in chosen for linear in block.linears]
+    names = [full_name(linear.name) for linear in linears]
+    sizes = [linear.weight.numel() for linear in linears]
+    pattern = parse_pattern(config.pattern, config.sparsity)
+    target = pattern.sparsity
+
+    def measure(method: ErrorCurves | OutlierRatios) -> None:
+        assert calls is not None
+        objective = Objective(sensitivity=sensitivity)
+        prune_blocks(chosen, calls.copy(), method, onload, objective=objective, description="Measuring layers")
+
+    def curves(patterns: Sequence[Pattern]) -> list[list[float]]:
+        method = ErrorCurves(patterns, config.damping, config.block_size)
+        measure(method)
+        felt = [1.0 if sensitivity is None else sensitivity.rows[linear.name].mean().item() for linear in linears]
+        return [[loss.item() * scale for loss in losses] for losses, scale in zip(method.losses, felt, strict=True)]
+
+    if not linears:
+        return {}
+    if isinstance(config.allocation, dict):
+        return dict(zip(names, given(config.allocation, names, sizes, target), strict=True))
+    if config.denser:
+        budgets = list(config.denser.items())
+        sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
+        measured = curves([pattern, *sparse])
+        by_name = [dict(zip([config.pattern, *map(str, sparse)], losses, strict=True)) for losses in measured]
+        table = [[losses[config.pattern]] + [losses.get(name, 0.0) for name, _ in budgets] for losses in by_name]
+        return {names[matrix]: name for matrix, name in upgrade(table, sizes, budgets).items()}
+    if config.allocation == "owl":
+        method = OutlierRatios(chosen)
+        measure(method)
+        counts = [len(block.linears) for block in chosen if block.linears]
+        by_block = [sum(linear.weight.numel() for linear in block.linears) for block in chosen if block.linears]
+        sparsities = owl(method.ratios, by_block, target)
+        return dict(
+            zip(names, [s for s, count in zip(sparsities, counts, strict=True) for _ in range(count)], strict=True)
+        )
+    if config.allocation == "error" and target > 0:
+        grid = torch.linspace(max(target - BAND, target / 4), min(target + BAND, (3 + target) / 4), 5).tolist()
+        return dict(zip(names, share_out(grid, curves([Unstructured(s) for s in grid]), sizes, target), strict=True))
+    return {}

@@ -1,0 +1,134 @@
+"""What the likelihood feels of an error in each linear's output: one backward pass over the calibration data."""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..kernels.precision import fast_forward
+from ..pipeline import Block, Sensitivity
+from .blocks import replaced_forwards
+from .placement import execution_device
+
+
+LOGITS = {"cuda": 2**29, "cpu": 2**27}  # numbers at a time: 2 GB, 0.5 GB, and a few copies
+
+
+def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, Tensor]], seed: int) -> Sensitivity:
+    """Squared gradients of the dense model's own log-likelihood (Fisher information), by linear and by block.
+
+    Labels are sampled from the model, as the definition wants it; blocks are recomputed in the backward pass, so that
+    it needs the memory of one block.
+
+    Args:
+        batches: what the model is called with; `tokens` of the result follows them.
+    """
+    device = execution_device(model.get_input_embeddings())
+    sequence = 0
+    tokens: dict[str, list[list[Tensor]]] = defaultdict(lambda: [[] for _ in batches])
+    rows: dict[str, Tensor] = {}
+    current = 0
+
+    def record(name: str, by_row: bool, gradient: Tensor) -> None:
+        squares = gradient.detach().float().square().flatten(0, -2)
+        tokens[name][current].append(squares.sum(1))
+        if by_row:
+            rows[name] = rows.get(name, 0) + squares.sum(0)
+
+    def hook(name: str, by_row: bool) -> Callable:
+        def watch(module: nn.Module, args: tuple, output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            if y.requires_grad:
+                y.register_hook(partial(record, name, by_row))
+
+        return watch
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_activations(model))
+        stack.enter_context(replaced_forwards([block.module for block in blocks], _recomputed(blocks)))
+        for block in blocks:
+            stack.callback(block.module.register_forward_hook(hook(block.name, False)).remove)
+            for linear in block.linears:
+                stack.callback(linear.module.register_forward_hook(hook(linear.name, True)).remove)
+        for number, batch in enumerate(tqdm(batches, desc="Sensitivity", unit="batch", leave=False)):
+            current = number
+            for part in _parts(model, batch, device):
+                with torch.enable_grad(), fast_forward(torch.empty(0, dtype=model.dtype, device=device)):
+                    logits = model(**part, use_cache=False).logits[:, :-1].flatten(0, 1)
+                mask = part["attention_mask"].bool() if "attention_mask" in part else None
+                real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
+                count = len(part["input_ids"])
+                _backward(logits, real, range(seed + sequence, seed + sequence + count))
+                sequence += count
+    if not tokens:
+        raise ValueError(f"no gradient reached the blocks of {type(model).__name__}: set fisher=False.")
+    total = sum(batch["input_ids"].numel() for batch in batches)
+    names = [part.name for block in blocks for part in (block, *block.linears)]
+    nothing = torch.zeros(0, device=device)  # for experts that no token reached
+    return Sensitivity(
+        {name: [torch.cat(parts) if parts else nothing for parts in tokens[name]] for name in names},
+        {name: value / total for name, value in rows.items()},
+    )
+
+
+def _backward(logits: Tensor, real: Tensor | None, seeds: range) -> None:
+    """Of the log-likelihood of labels that the model itself draws for logits [sequences * tokens, vocabulary].
+
+    Each sequence has a seed of its own, so that batches do not matter.
+    """
+    with torch.no_grad():
+        probabilities = torch.softmax(logits.float(), -1)
+        draws = [
+            torch.multinomial(part, 1, generator=torch.Generator(part.device).manual_seed(number))[:, 0]
+            for part, number in zip(probabilities.chunk(len(seeds)), seeds, strict=True)
+        ]
+        labels = torch.cat(draws)
+        probabilities.scatter_add_(1, labels[:, None], -torch.ones_like(labels[:, None], dtype=torch.float32))
+        if real is not None:
+            probabilities *= real.to(probabilities.device)[:, None]
+    logits.backward(probabilities.to(logits.dtype))  # the gradient of cross entropy is p - onehot(label)
+
+
+def _parts(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts whose logits fit into memory, on the device."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    limit = LOGITS.get(device.type, LOGITS["cpu"])
+    size = max(1, limit // (batch["input_ids"].shape[1] * vocabulary))
+    names = list(batch)
+    for parts in zip(*(batch[name].split(size) for name in names), strict=True):
+        yield {name: part.to(device) for name, part in zip(names, parts, strict=True)}
+
+
+def _recomputed(blocks: list[Block]) -> Callable[[int], Callable]:
+    """Forward passes that keep nothing for the backward pass but their inputs."""
+    forwards = [block.module.forward for block in blocks]
+
+    def make(index: int) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forwards[index], *args, use_reentrant=False, **kwargs)
+
+        return forward
+
+    return make
+
+
+@contextlib.contextmanager
+def _only_activations(model: PreTrainedModel) -> Iterator[None]:
+    """Gradients reach activations from the embedding on, and no parameter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,57 @@
+"""Faster arithmetic where it does no harm."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def onednn_fp32(precision: str = "tf32") -> Iterator[None]:
+    """fp32 matrix products of the CPU through oneDNN instead of MKL.
+
+    PyTorch takes oneDNN for fp32 only where a lower precision is allowed, and "tf32" allows one that today's CPUs do
+    not have: products stay fp32 (error against float64 2.5e-7 in both). On AMD, where MKL leaves AVX-512 unused, they
+    are 1.5 to 2 times faster.
+    """
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def fast_forward(x: torch.Tensor) -> Iterator[None]:
+    """Forward passes and Gram products for inputs like x as fast as they get without harm to pruning, if x is fp32.
+
+    Where the device multiplies bf16 (CUDA; AMX or AVX512-BF16): linears and attention in bf16 between fp32 sums, Gram
+    products of bf16 inputs with fp32 sums. SmolLM2-135M, SparseGPT 2:4, 64 x 1024 tokens, AMX, 8 threads: 57 s instead
+    of 111 s, perplexity 80.8 instead of 81.2 (rounding alone moves it by 0.5). On other CPUs: `onednn_fp32`.
+    """
+    device = x.device.type
+    bf16 = x.dtype == torch.float32 and _multiplies_bf16(device)
+    # The cache would hold bf16 copies of weights that are replaced in between.
+    autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
+    with onednn_fp32("bf16" if bf16 else "tf32"), autocast:
+        yield
+
+
+def as_multiplied(x: torch.Tensor) -> torch.Tensor:
+    """x as a linear layer multiplies it here and now: autocast rounds fp32 to 16 bits."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+@functools.cache
+def _multiplies_bf16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))

@@ -1,0 +1,236 @@
+"""The only loop over decoder blocks.
+
+Per block: its inputs go through it to collect statistics, its linears are solved, stage by stage if asked to, and the
+same inputs go through the pruned block to become the inputs of the next one. At any time there are the activations of
+one block boundary (of two paths, if the dense one is followed), the statistics of one stage, and one fp32 matrix being
+solved.
+"""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..core import Needs, NotPositiveDefinite, Solved
+from ..kernels.precision import fast_forward
+from ..methods import Method
+from ..report import LayerReport
+from .observe import Evidence, collect, find_layout, token_weights
+from .parts import Block, Calls, Linear, Sensitivity, dense_weights
+from .reconstruct import Reconstruction, reconstruct
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the linears are asked for. By default each is to give its dense output on the inputs that it gets.
+
+    Attributes:
+        staged: collect statistics again after each group of linears with the same input (q, k, v | o | gate, up |
+            down), so that each is fitted to what the pruned ones before it give ("true sequential").
+        input_shift: in [0, 1]; how far to move the target from the dense weights' output on the pruned path towards
+            their output on the dense path.
+        residual_shift: in [0, 1]; likewise how much a linear whose output is added to the residual stream is to
+            repair of what that has lost so far.
+        damping: of the least squares problems that these shifts are, relative to the mean of the diagonal.
+        sensitivity: weighs tokens, and the rows of unstructured layers, by what the likelihood feels of them.
+    """
+
+    staged: bool = False
+    input_shift: float = 0.0
+    residual_shift: float = 0.0
+    damping: float = 0.01
+    sensitivity: Sensitivity | None = None
+
+    @property
+    def needs_dense_path(self) -> bool:
+        return self.input_shift > 0 or self.residual_shift > 0
+
+
+@torch.no_grad()
+def prune_blocks(
+    blocks: Sequence[Block],
+    calls: Calls | None,
+    method: Method,
+    onload: Callable[[nn.Module], AbstractContextManager] = contextlib.nullcontext,
+    *,
+    objective: Objective = Objective(),
+    reconstruction: Reconstruction | None = None,
+    description: str = "Pruning",
+) -> list[LayerReport]:
+    """Prune all linears of all blocks in place, in order.
+
+    Args:
+        blocks: the model's decoder blocks, all of them, in order.
+        calls: recorded inputs; None for methods that need none. Used up.
+        method: solves each linear.
+        onload: context that makes a block's weights present and keeps what was written to them.
+        objective: what each linear is asked for.
+        reconstruction: train each block's kept weights when its linears are solved.
+
+    Raises:
+        ValueError: inputs that are not finite, or a Gram matrix that has no factor, naming the layer.
+    """
+    if calls is None and (method.needs > Needs.NOTHING or reconstruction is not None):
+        raise ValueError(f"{type(method).__name__} needs calibration inputs, and there are none.")
+    if objective.needs_dense_path and method.needs < Needs.GRAM:
+        raise ValueError(f"input_shift and residual_shift need a method that sees Gram matrices, not {method}.")
+    follow = calls is not None and (objective.needs_dense_path or reconstruction is not None)
+    dense_hidden = list(calls.hidden) if calls is not None and follow else None
+    reports: list[LayerReport] = []
+    try:
+        progress = tqdm(blocks, desc=description, unit="block")
+        for index, block in enumerate(progress):
+            with onload(block.module):
+                dense = [linear.weight.data for linear in block.linears]
+                found, keeps = _prune_block(block, index, calls, method, objective, dense, dense_hidden)
+                reports += found
+                if calls is None:
+                    continue
+                if dense_hidden is not None and (reconstruction is not None or index + 1 < len(blocks)):
+                    with dense_weights(block.linears, dense), fast_forward(calls.hidden[0]):
+                        for batch, hidden in enumerate(dense_hidden):
+                            dense_hidden[batch] = calls.run(block.module, index, batch, hidden)
+                if dense_hidden is not None and reconstruction is not None and keeps:
+                    note = _reconstruct(block, index, calls, dense_hidden, keeps, objective, reconstruction)
+                    progress.set_postfix_str(note)
+                    for report in found:
+                        if report.skipped is None:
+                            report.note = "; ".join(filter(None, [report.note, note]))
+                if index + 1 < len(blocks):
+                    with fast_forward(calls.hidden[0]):
+                        for batch in range(len(calls.hidden)):
+                            calls.hidden[batch] = calls.run(block.module, index, batch)
+                calls.arguments[index] = []
+    except BaseException:
+        if any(report.skipped is None for report in reports):
+            warnings.warn("pruning stopped half-way, and the model is a mixture now: load it again.", stacklevel=2)
+        raise
+    return reports
+
+
+def _prune_block(
+    block: Block,
+    index: int,
+    calls: Calls | None,
+    method: Method,
+    objective: Objective,
+    dense: list[Tensor],
+    dense_hidden: list[Tensor] | None,
+) -> tuple[list[LayerReport], dict[str, Tensor]]:
+    """Reports in the order of block.linears, and by name the masks of what was pruned."""
+    reports: dict[str, LayerReport] = {}
+    keeps: dict[str, Tensor] = {}
+
+    def solve(linear: Linear, evidence: Evidence | None) -> None:
+        reports[linear.name], keep = _prune_linear(linear, evidence, method, objective)
+        if keep is not None:
+            keeps[linear.name] = keep
+
+    if calls is None or method.needs is Needs.NOTHING:
+        for linear in block.linears:
+            solve(linear, None)
+    elif block.linears:
+        with fast_forward(calls.hidden[0]):
+            layout = find_layout(block, index, calls)
+        for groups in layout.stages() if objective.staged else [layout.groups]:
+            with fast_forward(calls.hidden[0]):
+                evidence = collect(
+                    groups,
+                    layout,
+                    block,
+                    index,
+                    calls,
+                    method.needs,
+                    dense=(dense, dense_hidden) if objective.needs_dense_path and dense_hidden is not None else None,
+                    sensitivity=objective.sensitivity,
+                )
+            while groups:  # what was solved is given up
+                found = evidence.pop(0)
+                for linear in groups.pop(0):
+                    solve(linear, found)
+    return [reports[linear.name] for linear in block.linears], keeps
+
+
+def _prune_linear(
+    linear: Linear, evidence: Evidence | None, method: Method, objective: Objective
+) -> tuple[LayerReport, Tensor | None]:
+    """Solve one matrix and write it. The mask is None where it stays dense."""
+    started = time.perf_counter()
+    weight = linear.read()
+    stats = None if evidence is None else evidence.stats
+    report = LayerReport(linear.name, list(weight.shape))
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the weight of {linear.name} holds NaN or infinity: the checkpoint is damaged.")
+    if method.needs > Needs.NOTHING:
+        if stats is None or stats.tokens == 0:
+            report.skipped = "no calibration token reached it"
+            return report, None
+        if not torch.isfinite(stats.mean_square).all():
+            raise ValueError(
+                f"the inputs of {linear.name} hold NaN or infinity: the model does not run in its dtype "
+                f"({linear.weight.dtype}) on this data. Load it in bfloat16 or float32."
+            )
+    try:
+        target = weight if evidence is None else _target(weight, linear.name, evidence, objective)
+        solved = _solve(target, linear, stats, method, objective)
+    except NotPositiveDefinite as error:
+        raise NotPositiveDefinite(f"{linear.name}: {error}") from error
+    if not solved.keep.all():  # a layer that keeps everything stays as it is, to the bit
+        linear.write(solved.weight)
+    report.pattern = str(linear.pattern)
+    report.sparsity = (solved.weight == 0).float().mean().item()
+    report.seconds = time.perf_counter() - started
+    report.note = solved.note
+    if stats is not None:
+        report.error = stats.relative_error(target, solved.weight)
+    return report, solved.keep
+
+
+def _target(weight: Tensor, name: str, evidence: Evidence, objective: Objective) -> Tensor:
+    """The matrix that is to be pruned [out, in]: W + (a W E[(x_d - x) x^T] + b E[(r_d - r) x^T]) (G + damping)^-1.
+
+    The least squares fit, from pruned inputs x, of the part of the dense path's output that a and b ask for.
+    """
+    pull = torch.zeros_like(weight)
+    if objective.input_shift and evidence.shift is not None:
+        pull += objective.input_shift * (weight @ evidence.shift.mean)
+    if objective.residual_shift and name in evidence.residual:
+        pull += objective.residual_shift * evidence.residual[name].mean
+    if not pull.any():
+        return weight
+    factor = evidence.stats.inverse_factor(objective.damping)
+    return weight + (pull @ factor.T) @ factor
+
+
+def _solve(target: Tensor, linear: Linear, stats: object, method: Method, objective: Objective) -> Solved:
+    """Rows of an unstructured layer compete for weights: those that the likelihood feels more are scaled up for it.
+
+    Every method here is indifferent to the scale of a row but for this competition; N:M has none.
+    """
+    felt = None if objective.sensitivity is None else objective.sensitivity.rows.get(linear.name)
+    if felt is None:
+        return method.solve(target, stats, linear.pattern)
+    felt = felt.to(target.device)
+    scale = (felt / felt.mean().clamp(min=torch.finfo(felt.dtype).tiny)).clamp(min=1e-4).sqrt()[:, None]
+    solved = method.solve(target * scale, stats, linear.pattern)
+    return solved._replace(weight=solved.weight / scale)
+
+
+def _reconstruct(
+    block: Block,
+    index: int,
+    calls: Calls,
+    targets: list[Tensor],
+    keeps: dict[str, Tensor],
+    objective: Objective,
+    settings: Reconstruction,
+) -> str:
+    weights = None if objective.sensitivity is None else token_weights([block], objective.sensitivity, calls)
+    before, after = reconstruct(block, index, calls, targets, keeps, weights, settings)
+    return f"block error {before:.4f} -> {after:.4f}"

@@ -1,0 +1,275 @@
+"""What the linears of one block see, on the pruned path and on the dense one: streaming statistics.
+
+The dense path is the model as it was: its activations are recomputed beside the pruned ones, batch by batch, so that
+no activations are kept but those at the boundary of a block.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..core import CrossStats, InputStats, Needs
+from ..kernels.precision import as_multiplied
+from .parts import Block, Calls, Linear, Sensitivity, dense_weights
+
+
+FISHER_POWER = 0.5  # of token weights: 1 follows a few tokens too closely (measured worse)
+FISHER_RANGE = (1e-4, 50.0)  # of a token's weight, relative to the mean
+
+
+class Evidence:
+    """Of linears that share their input, over the calibration tokens.
+
+    Attributes:
+        stats: of x, their input on the pruned path.
+        shift: mean (x_d - x) x^T [in, in]; x_d is the same token's input on the dense path.
+        residual: by name, mean (r_d - r) x^T [out, in]; r is what the linear's output is added to.
+    """
+
+    def __init__(self, group: list[Linear], needs: Needs):
+        self.stats = InputStats(group[0].shape[1], needs, group[0].weight.device)
+        self.shift: CrossStats | None = None
+        self.residual: dict[str, CrossStats] = {}
+
+    def add_shift(self, x: Tensor, change: Tensor, weight: Tensor | None) -> None:
+        self.shift = self.shift or CrossStats(x.shape[1], x.shape[1], x.device)
+        self.shift.update(change, x, weight)
+
+    def add_residual(self, name: str, x: Tensor, change: Tensor, weight: Tensor | None) -> None:
+        if name not in self.residual:
+            self.residual[name] = CrossStats(change.shape[1], x.shape[1], x.device)
+        self.residual[name].update(change, x, weight)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one forward pass of a block shows of its linears.
+
+    Attributes:
+        groups: linears that share their input, in the order in which the block calls them. One that this pass did not
+            reach (an expert, perhaps) is a group of its own at the end.
+        residual: names of the linears whose output is added, as it is, to the residual stream.
+        in_place: names of the linears whose input is changed in place later in the pass.
+        once: every linear was called exactly once.
+    """
+
+    groups: list[list[Linear]]
+    residual: frozenset[str]
+    in_place: frozenset[str]
+    once: bool
+
+    def stages(self) -> list[list[list[Linear]]]:
+        """Groups to be solved together: one at a time, but for numbered siblings ("experts.0.up", "experts.1.up")."""
+        stages: dict[frozenset[str], list[list[Linear]]] = {}
+        for group in self.groups:
+            kinds = frozenset(
+                ".".join("*" if part.isdigit() else part for part in linear.name.split(".")) for linear in group
+            )
+            same = next((known for known in stages if known & kinds), None)
+            if same is None:
+                stages[kinds] = [group]
+            else:
+                stages[same].append(group)
+        return list(stages.values())
+
+
+def find_layout(block: Block, index: int, calls: Calls) -> Layout:
+    """Run the first batch through the block and look."""
+    with Watch(block.linears) as watch:
+        calls.run(block.module, index, 0)
+    by_name = {linear.name: linear for linear in block.linears}
+    groups: list[list[Linear]] = []
+    for name in watch.inputs:
+        same = next((group for group in groups if watch.same_inputs(group[0].name, name)), None)
+        if same is None:
+            groups.append([by_name[name]])
+        else:
+            same.append(by_name[name])
+    return Layout(
+        groups + [[linear] for linear in block.linears if linear.name not in watch.inputs],
+        frozenset(watch.residuals),
+        frozenset(name for name, seen in watch.inputs.items() if any(x._version != version for x, version in seen)),
+        all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears),
+    )
+
+
+def collect(
+    groups: list[list[Linear]],
+    layout: Layout,
+    block: Block,
+    index: int,
+    calls: Calls,
+    needs: Needs,
+    *,
+    dense: tuple[list[Tensor], list[Tensor]] | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> list[Evidence]:
+    """Evidence of each of `groups`; where no token came by, `stats.tokens` is 0.
+
+    Args:
+        dense: the block's dense weights and its inputs on the dense path, for `shift` and `residual`.
+        sensitivity: weighs the tokens.
+    """
+    evidence = [Evidence(group, needs) for group in groups]
+    weights = [None if sensitivity is None else token_weights(group, sensitivity, calls) for group in groups]
+    residual = layout.residual if dense is not None else frozenset()
+    watched = [linear for group in groups for linear in group if linear is group[0] or linear.name in residual]
+
+    def watch(batch: int, hidden: Tensor | None = None) -> Watch:
+        with Watch(watched, residual, layout.in_place, stop_early=layout.once) as seen:
+            calls.run(block.module, index, batch, hidden)
+        return seen
+
+    for batch in range(len(calls.hidden)):
+        pruned = watch(batch)
+        other = None
+        if dense is not None and layout.once:
+            with dense_weights(block.linears, dense[0]):
+                other = watch(batch, dense[1][batch])
+        for group, found, weight in zip(groups, evidence, weights, strict=True):
+            name = group[0].name
+            for x, _ in pruned.inputs.get(name, ()):
+                x = as_multiplied(calls.real_tokens(x, batch, name))
+                of_token = None if weight is None else _fitting(weight[batch], x)
+                found.stats.update(x, of_token)
+            if other is None:
+                continue
+            (x_p, _), (x_d, _) = pruned.inputs[name][0], other.inputs[name][0]
+            found.add_shift(x, calls.real_tokens(x_d.float() - x_p.float(), batch, name), of_token)
+            for linear in group:
+                if linear.name in residual:
+                    change = other.residuals[linear.name].float() - pruned.residuals[linear.name].float()
+                    found.add_residual(linear.name, x, calls.real_tokens(change, batch, linear.name), of_token)
+    return evidence
+
+
+def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity, calls: Calls) -> list[Tensor]:
+    """For each batch the weight of each of its real tokens, fp32 [tokens], with a mean of 1 over all batches.
+
+    A token counts as much as the likelihood feels an error in what these linears (or this block) give for it.
+    """
+    felt = [
+        calls.real_tokens(torch.stack(of_batch).sum(0)[:, None], batch, group[0].name)[:, 0]
+        for batch, of_batch in enumerate(zip(*(sensitivity.tokens[part.name] for part in group), strict=True))
+    ]
+    tiny = torch.finfo(torch.float32).tiny
+    mean = torch.cat(felt).mean().clamp(min=tiny)
+    weights = [(part / mean).clamp(*FISHER_RANGE) ** FISHER_POWER for part in felt]
+    mean = torch.cat(weights).mean()
+    return [part / mean for part in weights]
+
+
+def _fitting(weight: Tensor, x: Tensor) -> Tensor | None:
+    """The weights of the tokens x, or None if these are other tokens: routers may choose otherwise than before."""
+    return weight.to(x.device) if len(weight) == len(x) else None
+
+
+class _AllSeen(Exception):
+    """The rest of the forward pass is not needed."""
+
+
+class Watch(TorchFunctionMode):
+    """Sees, in the forward passes of a block inside it, what linears get and what their outputs are added to.
+
+    Attributes:
+        inputs: by the linear's name, for each call its input [..., in], and the input's version then.
+        residuals: by the linear's name, what its output was added to last, [..., out]. Parallel branches may be
+            added to one another first. Only outputs that are added as they are count: no scale or norm in between.
+    """
+
+    def __init__(
+        self,
+        linears: list[Linear],
+        residual: frozenset[str] | None = None,
+        in_place: frozenset[str] = frozenset(),
+        stop_early: bool = False,
+    ):
+        """
+        Args:
+            residual: for which linears `residuals` is filled; None: for all of which it can.
+            in_place: whose inputs must be copied, since they will be changed.
+            stop_early: end the pass when everything was seen once.
+        """
+        super().__init__()
+        self.inputs: dict[str, list[tuple[Tensor, int]]] = {}
+        self.residuals: dict[str, Tensor] = {}
+        self._linears = linears
+        self._residual = residual
+        self._in_place = in_place
+        self._stop_early = stop_early
+        self._outputs: list[tuple[Tensor, frozenset[str]]] = []  # outputs, and sums of outputs, not yet added
+        self._hooks = contextlib.ExitStack()
+
+    def __enter__(self) -> "Watch":
+        for linear in self._linears:
+            module = linear.module
+            self._hooks.callback(
+                module.register_forward_pre_hook(partial(self._before, linear.name), with_kwargs=True).remove
+            )
+            if self._residual is None or linear.name in self._residual:
+                self._hooks.callback(module.register_forward_hook(partial(self._after, linear.name)).remove)
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
+        super().__exit__(kind, error, traceback)
+        self._hooks.close()
+        self._outputs.clear()
+        return kind is _AllSeen
+
+    def same_inputs(self, one: str, other: str) -> bool:
+        """Whether two linears got the same tensors."""
+        pairs = zip(self.inputs[one], self.inputs[other], strict=False)
+        return len(self.inputs[one]) == len(self.inputs[other]) and all(
+            x is y and x_version == y_version for (x, x_version), (y, y_version) in pairs
+        )
+
+    def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        version = x._version
+        self.inputs.setdefault(name, []).append((x.clone() if name in self._in_place else x, version))
+        self._stop_if_done()
+
+    def _after(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._outputs.append((output, frozenset([name])))
+
+    def _stop_if_done(self) -> None:
+        expected = self._residual or ()
+        if self._stop_early and len(self.inputs) == len(self._linears) and len(self.residuals) >= len(expected):
+            raise _AllSeen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._outputs or getattr(func, "__name__", "") not in _ADDITIONS or len(args) < 2:
+            return func(*args, **kwargs)
+        left, right = args[:2]
+        names_left, names_right = self._take(left), self._take(right)
+        both = names_left | names_right
+        if both and not (names_left and names_right):
+            stream = right if names_left else left
+            if isinstance(stream, Tensor) and stream.shape == left.shape == right.shape and "alpha" not in kwargs:
+                stream = stream.clone() if func.__name__ in _IN_PLACE else stream
+                # Parallel branches share what there is to repair.
+                self.residuals |= dict.fromkeys(both, stream / len(both) if len(both) > 1 else stream)
+                self._stop_if_done()
+        result = func(*args, **kwargs)
+        if names_left and names_right:
+            self._outputs.append((result, both))
+        return result
+
+    def _take(self, x: Any) -> frozenset[str]:
+        """Whose output, or sum of outputs, x is."""
+        for place, (output, names) in enumerate(self._outputs):
+            if output is x:
+                del self._outputs[place]
+                return names
+        return frozenset()
+
+
+_IN_PLACE = {"__iadd__", "add_"}
+_ADDITIONS = _IN_PLACE | {"add", "__add__", "__radd__"}
