@@ -19,7 +19,7 @@ def polish(weight: Tensor, keep: Tensor, target: Tensor, gram: Tensor, damping: 
     Returns:
         fp32 [out, in]; the undamped error of no row is above what it was.
     """
-    tiny = torch.finfo(weight.dtype).tiny
+    tiny, eps = torch.finfo(weight.dtype).tiny, torch.finfo(weight.dtype).eps
     diagonal = gram.diagonal()
     live = diagonal > 0
     ridge = damping * diagonal.sum() / live.sum().clamp(min=1)
@@ -34,12 +34,16 @@ def polish(weight: Tensor, keep: Tensor, target: Tensor, gram: Tensor, damping: 
     residual = ((target - x) @ gram + ridge * (target - x)) * support
     direction = residual * inverse
     power = (residual * direction).sum(1, keepdim=True)
+    converged = eps**2 * power
     for _ in range(iterations):
         image = (direction @ gram + ridge * direction) * support
-        length = power / (direction * image).sum(1, keepdim=True).clamp(min=tiny)
+        curvature = (direction * image).sum(1, keepdim=True)
+        # No step where what is left, or the curvature of a singular G, is rounding.
+        flat = 10 * eps * (direction.square() * diagonal).sum(1, keepdim=True)
+        length = torch.where((power > converged) & (curvature > flat), power / curvature.clamp(min=tiny), 0)
         x = x + length * direction
         residual = residual - length * image
         step = residual * inverse
         previous, power = power, (residual * step).sum(1, keepdim=True)
         direction = step + power / previous.clamp(min=tiny) * direction
-    return torch.where(error(x) <= before, x, weight * keep)  # false for what is not finite, too
+    return torch.where(error(x).abs() <= before, x, weight * keep)  # false for what is not finite, too

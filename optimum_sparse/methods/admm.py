@@ -33,7 +33,8 @@ class Admm:
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
         d, gram, eigenvalues, q = stats.cached("admm", lambda: _decompose(stats))
         eigenvalues = eigenvalues + self.damping
-        target = weight.masked_fill(stats.mean_square == 0, 0) * d
+        live = stats.mean_square > 0
+        target = weight * live * d
         image = target @ gram + self.damping * target
         z, v = target, torch.zeros_like(target)
         keep = keep_mask(z.abs(), pattern)
@@ -42,7 +43,7 @@ class Admm:
         done = 0
         while done < self.iterations:
             inverse = (q / (eigenvalues + rho)) @ q.T
-            for _ in range(3):
+            for _ in range(min(3, self.iterations - done)):
                 b = (image - v + rho * z) @ inverse
                 projected = b + v / rho
                 now = keep_mask(projected.abs(), pattern)
@@ -54,7 +55,7 @@ class Admm:
             if changed == 0 or (done >= 30 and changed < 3e-4):
                 break
             rho *= 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
-        z = polish(z, keep, target, gram, self.damping, self.polish)
+        z = polish(z * live, keep, target, gram, self.damping, self.polish)
         return Solved(z / d, keep, f"{done} iterations")
 
 

@@ -29,6 +29,8 @@ class Rose:
     needs = Needs.GRAM
 
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
+        if isinstance(pattern, NM):
+            pattern.check_width(weight.shape[1])
         weight = weight.masked_fill(stats.mean_square == 0, 0)
         order, widths = self._order(weight, stats.mean_square, pattern)
         if order is None:

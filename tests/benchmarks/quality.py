@@ -1,11 +1,12 @@
 """What methods, patterns and recipes cost on a real model. Run by hand; prints a table.
 
-    python tests/benchmarks/quality.py MODEL --c4 c4_train_1000.jsonl --text wiki.test.raw --lambada lambada_openai.jsonl
+    python tests/benchmarks/quality.py MODEL --c4 c4_train_1000.jsonl --text wiki.test.raw --lambada lambada.jsonl
 
-MODEL is an id or folder. Every fourth document of the C4 file is held out, the others calibrate, shuffled by the seed;
---calibration takes token ids instead (`input_ids` [samples, tokens] in safetensors). LAMBADA is a file of `context` and
-`continuation`: the share of last words that are the model's own greedy choice. The dense model comes first; log-gap is
-ln(perplexity / dense perplexity) on --text. Evaluation multiplies as calibration does (bf16 where the device can).
+MODEL is an id or folder. Every fourth document of the C4 file is held out, the others calibrate, shuffled by the
+seed; --calibration takes token ids instead (`input_ids` [samples, tokens] in safetensors). LAMBADA is a file of
+`context` and `continuation`: the share of last words that are the model's own greedy choice. The dense model comes
+first; log-gap is ln(perplexity / dense perplexity) on --text. Evaluation multiplies as calibration does (bf16 where
+the device can).
 
 A row is one of ROWS, or NAME=JSON with fields of SparsityConfig: --rows sparsegpt 'mine={"method": "admm", ...}'.
 """
@@ -114,11 +115,10 @@ def main() -> None:
                 fired = sum(layer.note.startswith("reordered") for layer in pruned)
                 phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in pruner.report.seconds.items())
                 gap = math.log(found["text"] / dense["text"])
-                print(
-                    f"| {name} | {pattern} | {seed} | {found['text']:.2f} | {gap:.3f} | {_cell(found, 'c4', 2)} | {_cell(found, 'lambada', 3)} | {error} | {taken:.1f} | {phases}"
-                    f"{f'; {fired} layers reordered' if fired else ''} |",
-                    flush=True,
-                )
+                more = f"; {fired} layers reordered" if fired else ""
+                cells = [name, pattern, seed, f"{found['text']:.2f}", f"{gap:.3f}", _cell(found, "c4", 2)]
+                cells += [_cell(found, "lambada", 3), error, f"{taken:.1f}", phases + more]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                 del model, pruner
 
 

@@ -5,6 +5,7 @@ import torch
 from models import make_config, make_model
 
 from optimum_sparse import Pruner
+from optimum_sparse.config import PAPER
 from optimum_sparse.kernels import precision
 
 
@@ -45,10 +46,10 @@ def test_bf16_forward_prunes_nearly_as_well(bf16, monkeypatch):
     """Same weights in, nearly the same layer errors out; also inside an autocast of the caller's own."""
     fast = Pruner(make_model("llama"))
     with torch.autocast("cpu", torch.bfloat16):
-        fast.prune(make_config("sparsegpt", fisher=False))
+        fast.prune(make_config("sparsegpt", **PAPER))
     monkeypatch.setattr(precision, "_multiplies_bf16", lambda device: False)
     exact = Pruner(make_model("llama"))
-    exact.prune(make_config("sparsegpt", fisher=False))
+    exact.prune(make_config("sparsegpt", **PAPER))
     for one, other in zip(fast.report.pruned, exact.report.pruned, strict=True):
         assert one.sparsity == other.sparsity == 0.5
         assert one.error == pytest.approx(other.error, rel=0.05)
