@@ -29,7 +29,7 @@ def _one_shot(pattern: str) -> dict[str, Any]:
 
 
 RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
-    "best": lambda pattern: _one_shot(pattern) | {"refine": "reconstruct", "batch_size": 2},
+    "best": lambda pattern: _one_shot(pattern) | {"refine": "reconstruct"},
     "fast": _one_shot,
     "paper": lambda pattern: PAPER,
 }
@@ -73,7 +73,8 @@ class SparsityConfig(QuantizationConfigMixin):
             after any method. "reconstruct": that, and then train the kept weights of each block, one block at a time,
             towards the dense block's output.
         reconstruction_learning_rate: relative to the root mean square of each matrix.
-        reconstruction_passes: over the calibration data; a step takes one batch.
+        reconstruction_passes: over the calibration data.
+        reconstruction_batch_size: sequences per step.
         reconstruction_samples: train on the first ones only; None: on all.
         allocation: how unstructured sparsity is shared out: "uniform"; "owl", by outliers of a block's scores;
             "error", by measured loss of every matrix at several sparsities; or {name: sparsity}, with the rest shared
@@ -108,6 +109,7 @@ class SparsityConfig(QuantizationConfigMixin):
     refine: str | None = None
     reconstruction_learning_rate: float = 0.02
     reconstruction_passes: int = 5
+    reconstruction_batch_size: int = 2
     reconstruction_samples: int | None = None
     allocation: str | dict[str, float] = "uniform"
     denser: dict[str, float] = field(default_factory=dict)
@@ -127,7 +129,8 @@ class SparsityConfig(QuantizationConfigMixin):
         _check_version(self.format_version)
         pattern = parse_pattern(self.pattern, self.sparsity)
         self.sparsity = pattern.sparsity if isinstance(pattern, Unstructured) else None  # N:M says it already
-        for name in ("num_samples", "sequence_length", "batch_size", "block_size", "reconstruction_passes"):
+        counts = ("num_samples", "sequence_length", "batch_size", "block_size")
+        for name in (*counts, "reconstruction_passes", "reconstruction_batch_size"):
             _integer(name, getattr(self, name), 1)
         if self.reconstruction_samples is not None:
             _integer("reconstruction_samples", self.reconstruction_samples, 1)

@@ -88,6 +88,8 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
     if isinstance(kept, int):
         if kept == 0 or kept == n:
             return torch.full(score.shape, kept == n, dtype=torch.bool, device=score.device)
+        if score.device.type == "cuda" and n <= 32:
+            return _keep_top_by_rank(score, kept)
         if score.device.type == "cpu":  # quickselect: ten times faster than a sort here; on CUDA it is 30 times slower
             threshold = score.kthvalue(n - kept + 1, dim=-1, keepdim=True).values
         else:
@@ -99,6 +101,18 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
     level = score == threshold
     missing = kept - above.sum(-1, keepdim=True)
     return above | (level & (level.cumsum(-1) <= missing))
+
+
+def _keep_top_by_rank(score: Tensor, kept: int, chunk: int = 2**27) -> Tensor:
+    """`keep_top` for short rows, by comparing all pairs: on CUDA ten times faster than sorting each row."""
+    n = score.shape[-1]
+    rows = score.reshape(-1, n)
+    earlier = torch.ones(n, n, dtype=torch.bool, device=score.device).tril(-1)  # [mine, other]
+    parts = []
+    for part in rows.split(max(1, chunk // n**2)):
+        mine, other = part[:, :, None], part[:, None, :]
+        parts.append(((other > mine) | ((other == mine) & earlier)).sum(-1) < kept)
+    return torch.cat(parts).view(score.shape)
 
 
 def keep_mask(score: Tensor, pattern: Pattern) -> Tensor:

@@ -100,7 +100,7 @@ def column_sweep(
             count = pattern.kept(rows * stop) - pattern.kept(rows * start)  # exact over the whole matrix
             keep[block] = keep_top(score, count).view(rows, size).T
         errors = sweep_block(columns[block], keep[block], factor[block, block], kept, group)
-        columns[stop:] -= factor[block, stop:].T @ errors
+        columns[stop:].addmm_(factor[block, stop:].T, errors, alpha=-1)
         start = stop
     columns *= keep
     return Solved(columns.T.contiguous(), keep.T.contiguous())

@@ -17,7 +17,7 @@ from ..config import DENSE, SparsityConfig, describe_dataset
 from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
-from ..pipeline import Calls, Objective, Reconstruction, Sensitivity, prune_blocks
+from ..pipeline import Block, Calls, Objective, Reconstruction, Sensitivity, prune_blocks
 from ..report import PruningReport
 from .blocks import full_name, is_linear, make_plan, record_calls
 from .placement import execution_device, onload
@@ -62,6 +62,7 @@ def prune_model(
 
     with _evaluating(model):
         calls: Calls | None = None
+        batches: list[dict[str, Tensor]] = []
         sensitivity: Sensitivity | None = None
         if method.needs > Needs.NOTHING or measures_layers(config):
             with phase("calibration data"):
@@ -89,7 +90,7 @@ def prune_model(
                     config.damping,
                     sensitivity if config.fisher else None,
                 ),
-                reconstruction=_reconstruction(config),
+                reconstruction=_reconstruction(model, config, plan.blocks, batches) if config.refine else None,
             )
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     report.layers = sorted(layers + plan.skipped, key=lambda layer: order[layer.name])
@@ -107,11 +108,24 @@ def measures_layers(config: SparsityConfig) -> bool:
     return config.allocation in ("owl", "error") or bool(config.denser) or config.refine is not None
 
 
-def _reconstruction(config: SparsityConfig) -> Reconstruction | None:
+def _reconstruction(
+    model: PreTrainedModel, config: SparsityConfig, blocks: list[Block], batches: list[dict[str, Tensor]]
+) -> Reconstruction | None:
     if config.refine != "reconstruct":
         return None
+    size = config.reconstruction_batch_size
+    small = [
+        dict(zip(batch, parts, strict=True))
+        for batch in batches
+        for parts in zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
+    ]
     return Reconstruction(
-        config.reconstruction_learning_rate, config.reconstruction_passes, config.reconstruction_samples, config.seed
+        config.reconstruction_learning_rate,
+        config.reconstruction_passes,
+        config.reconstruction_samples,
+        config.seed,
+        size,
+        record_calls(model, [block.module for block in blocks], small).arguments,
     )
 
 

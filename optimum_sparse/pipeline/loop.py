@@ -107,6 +107,8 @@ def prune_blocks(
                         for batch in range(len(calls.hidden)):
                             calls.hidden[batch] = calls.run(block.module, index, batch)
                 calls.arguments[index] = []
+                if reconstruction is not None and reconstruction.arguments is not None:
+                    reconstruction.arguments[index] = []
     except BaseException:
         if any(report.skipped is None for report in reports):
             warnings.warn("pruning stopped half-way, and the model is a mixture now: load it again.", stacklevel=2)
@@ -231,6 +233,8 @@ def _reconstruct(
     objective: Objective,
     settings: Reconstruction,
 ) -> str:
-    weights = None if objective.sensitivity is None else token_weights([block], objective.sensitivity, calls)
+    weights = None
+    if objective.sensitivity is not None or any(keep is not None for keep in calls.keep):
+        weights = token_weights([block], objective.sensitivity, calls)
     before, after = reconstruct(block, index, calls, targets, keeps, weights, settings)
     return f"block error {before:.4f} -> {after:.4f}"

@@ -5,6 +5,7 @@ no activations are kept but those at the boundary of a block.
 """
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,8 +120,10 @@ def collect(
     """
     evidence = [Evidence(group, needs) for group in groups]
     weights = [None if sensitivity is None else token_weights(group, sensitivity, calls) for group in groups]
-    residual = layout.residual if dense is not None else frozenset()
-    watched = [linear for group in groups for linear in group if linear is group[0] or linear.name in residual]
+    members = [linear for group in groups for linear in group]
+    residual = frozenset(linear.name for linear in members if dense is not None and linear.name in layout.residual)
+    leaders = {group[0].name for group in groups}
+    watched = [linear for linear in members if linear.name in leaders | residual]
 
     def watch(batch: int, hidden: Tensor | None = None) -> Watch:
         with Watch(watched, residual, layout.in_place, stop_early=layout.once) as seen:
@@ -137,7 +140,7 @@ def collect(
             name = group[0].name
             for x, _ in pruned.inputs.get(name, ()):
                 x = as_multiplied(calls.real_tokens(x, batch, name))
-                of_token = None if weight is None else _fitting(weight[batch], x)
+                of_token = None if weight is None else _fitting(weight[batch], x, calls, batch, name)
                 found.stats.update(x, of_token)
             if other is None:
                 continue
@@ -150,24 +153,36 @@ def collect(
     return evidence
 
 
-def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity, calls: Calls) -> list[Tensor]:
-    """For each batch the weight of each of its real tokens, fp32 [tokens], with a mean of 1 over all batches.
+def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | None, calls: Calls) -> list[Tensor]:
+    """For each batch the weight of each of its tokens, fp32 [batch * tokens]: 0 for padding, else 1 on average.
 
-    A token counts as much as the likelihood feels an error in what these linears (or this block) give for it.
+    A token counts as much as the likelihood feels an error in what these linears (or this block) give for it; all
+    count the same if that is not known.
     """
-    felt = [
-        calls.real_tokens(torch.stack(of_batch).sum(0)[:, None], batch, group[0].name)[:, 0]
-        for batch, of_batch in enumerate(zip(*(sensitivity.tokens[part.name] for part in group), strict=True))
+    if sensitivity is None:
+        felt = [torch.ones(hidden.shape[:2].numel(), device=hidden.device) for hidden in calls.hidden]
+    else:
+        of_parts = zip(*(sensitivity.tokens[part.name] for part in group), strict=True)
+        felt = [torch.stack(parts).sum(0) for parts in of_parts]
+    real = [
+        torch.ones_like(part) if mask is None or mask.numel() != len(part) else mask.flatten().to(part)
+        for part, mask in zip(felt, calls.keep or [None] * len(felt), strict=True)
     ]
-    tiny = torch.finfo(torch.float32).tiny
-    mean = torch.cat(felt).mean().clamp(min=tiny)
-    weights = [(part / mean).clamp(*FISHER_RANGE) ** FISHER_POWER for part in felt]
-    mean = torch.cat(weights).mean()
-    return [part / mean for part in weights]
+    count = torch.cat(real).sum().clamp(min=1)
+
+    def relative(parts: list[Tensor]) -> list[Tensor]:
+        mean = sum((part * mask).sum() for part, mask in zip(parts, real, strict=True)) / count
+        return [part / mean.clamp(min=torch.finfo(torch.float32).tiny) for part in parts]
+
+    weights = relative([part.clamp(*FISHER_RANGE) ** FISHER_POWER for part in relative(felt)])
+    return [part * mask for part, mask in zip(weights, real, strict=True)]
 
 
-def _fitting(weight: Tensor, x: Tensor) -> Tensor | None:
-    """The weights of the tokens x, or None if these are other tokens: routers may choose otherwise than before."""
+def _fitting(weight: Tensor, x: Tensor, calls: Calls, batch: int, name: str) -> Tensor | None:
+    """The weights of the real tokens x; None if these are other tokens (a router's choice) or of several calls."""
+    mask = calls.keep[batch] if calls.keep else None
+    if mask is not None and mask.numel() == len(weight):
+        weight = calls.real_tokens(weight[:, None], batch, name)[:, 0]
     return weight.to(x.device) if len(weight) == len(x) else None
 
 
@@ -204,7 +219,10 @@ class Watch(TorchFunctionMode):
         self._residual = residual
         self._in_place = in_place
         self._stop_early = stop_early
-        self._outputs: list[tuple[Tensor, frozenset[str]]] = []  # outputs, and sums of outputs, not yet added
+        self._outputs: list[
+            tuple[Tensor, frozenset[str], int]
+        ] = []  # outputs, and their sums, not yet added; when made
+        self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors made since the first, and when
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> "Watch":
@@ -221,6 +239,7 @@ class Watch(TorchFunctionMode):
         super().__exit__(kind, error, traceback)
         self._hooks.close()
         self._outputs.clear()
+        self._made.clear()
         return kind is _AllSeen
 
     def same_inputs(self, one: str, other: str) -> bool:
@@ -237,7 +256,7 @@ class Watch(TorchFunctionMode):
         self._stop_if_done()
 
     def _after(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._outputs.append((output, frozenset([name])))
+        self._outputs.append((output, frozenset([name]), len(self._made)))
 
     def _stop_if_done(self) -> None:
         expected = self._residual or ()
@@ -246,30 +265,49 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if not self._outputs or getattr(func, "__name__", "") not in _ADDITIONS or len(args) < 2:
+        if not self._outputs:
             return func(*args, **kwargs)
+        if getattr(func, "__name__", "") not in _ADDITIONS or len(args) < 2:
+            return self._note(func(*args, **kwargs))
         left, right = args[:2]
-        names_left, names_right = self._take(left), self._take(right)
-        both = names_left | names_right
-        if both and not (names_left and names_right):
-            stream = right if names_left else left
-            if isinstance(stream, Tensor) and stream.shape == left.shape == right.shape and "alpha" not in kwargs:
-                stream = stream.clone() if func.__name__ in _IN_PLACE else stream
-                # Parallel branches share what there is to repair.
-                self.residuals |= dict.fromkeys(both, stream / len(both) if len(both) > 1 else stream)
-                self._stop_if_done()
-        result = func(*args, **kwargs)
+        (names_left, left_since), (names_right, right_since) = self._take(left), self._take(right)
+        both, since = names_left | names_right, max(left_since, right_since)
         if names_left and names_right:
-            self._outputs.append((result, both))
+            result = self._note(func(*args, **kwargs))
+            self._outputs.append((result, both, since))
+            return result
+        stream = right if names_left else left
+        if (
+            not both
+            or kwargs  # alpha=
+            or not isinstance(stream, Tensor)
+            or not stream.shape == left.shape == right.shape
+            or self._age(stream) > since
+        ):
+            return self._note(func(*args, **kwargs))
+        stream = stream.clone() if func.__name__ in _IN_PLACE else stream
+        # Parallel branches share what there is to repair.
+        self.residuals |= dict.fromkeys(both, stream / len(both) if len(both) > 1 else stream)
+        self._stop_if_done()
+        return func(*args, **kwargs)  # not noted: it is the stream
+
+    def _note(self, result: Any) -> Any:
+        if isinstance(result, Tensor):
+            self._made[id(result)] = weakref.ref(result), len(self._made) + 1
         return result
 
-    def _take(self, x: Any) -> frozenset[str]:
-        """Whose output, or sum of outputs, x is."""
-        for place, (output, names) in enumerate(self._outputs):
+    def _age(self, x: Tensor) -> int:
+        """When x was made; the stream was there before an output that is added to it, a function of that was not."""
+        known, when = self._made.get(id(x), (None, 0))
+        return when if known is not None and known() is x else 0
+
+    def _take(self, x: Any) -> tuple[frozenset[str], int]:
+        """Whose output, or sum of outputs, x is, and since when."""
+        for place, (output, names, since) in enumerate(self._outputs):
             if output is x:
                 del self._outputs[place]
-                return names
-        return frozenset()
+                return names, since
+        return frozenset(), 0
 
 
 _IN_PLACE = {"__iadd__", "add_"}

@@ -7,6 +7,7 @@ path, the input is what the pruned model's blocks before it give: so each block 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +19,23 @@ from .parts import Block, Calls
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How blocks are reconstructed. One step takes one batch of the calibration data.
+    """How blocks are reconstructed.
 
     Attributes:
         learning_rate: of Adam, relative to the root mean square of each matrix's kept weights.
         passes: over the calibration data.
         samples: sequences to use, from the first on; None: all.
         seed: of the order of the batches.
+        batch_size: sequences per step.
+        arguments: what the blocks are called with for batches of that size, as in Calls; used up.
     """
 
     learning_rate: float = 0.02
     passes: int = 5
     samples: int | None = None
     seed: int = 0
+    batch_size: int | None = None
+    arguments: list[list[tuple[tuple, dict[str, Any]]]] | None = None
 
 
 def reconstruct(
@@ -49,7 +54,7 @@ def reconstruct(
     Args:
         targets: for each batch the dense block's output [batch, tokens, hidden].
         keeps: by the linear's name, bool [out, in]. Linears that are not in it stay as they are.
-        token_weight: for each batch fp32 [real tokens], with a mean of 1.
+        token_weight: for each batch fp32 [batch * tokens]; 0 for padding.
 
     Returns:
         mean |output - target|^2 / mean |target - input|^2 before and after.
@@ -57,38 +62,42 @@ def reconstruct(
     Raises:
         ValueError: the loss is not finite.
     """
-    device = targets[0].device
-    frozen = {name: parameter.detach() for name, parameter in block.module.named_parameters()}
-    kept: dict[str, Tensor] = {}  # by the parameter's name
+    calls, targets, token_weight = _in_small_batches(calls, targets, token_weight, index, settings)
+    parameters = dict(block.module.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    frozen = {name: parameter.detach() for name, parameter in parameters.items()}
+    # A trained parameter is p * gain: p starts near 1, so that one learning rate suits all; gain is 0 where weights
+    # were removed. Norms and biases move a third as fast: they are few, and each touches everything.
+    gains: dict[str, Tensor] = {}
     for linear in block.linears:
         if linear.name in keeps:
-            name = next(name for name, p in block.module.named_parameters() if p is linear.weight)
-            kept[name] = keeps[linear.name].T if linear.transposed else keeps[linear.name]
-    masters = {
-        name: parameter.float().clone().requires_grad_()
-        for name, parameter in frozen.items()
-        if name in kept or (parameter.dim() == 1 and parameter.is_floating_point())
+            keep = keeps[linear.name].T if linear.transposed else keeps[linear.name]
+            weight = frozen[names[id(linear.weight)]].float()
+            gains[names[id(linear.weight)]] = keep * (weight.square().sum() / keep.sum().clamp(min=1)).sqrt()
+    for name, parameter in frozen.items():
+        if parameter.dim() == 1 and parameter.is_floating_point():
+            gains[name] = 0.3 * parameter.float().square().mean().sqrt()
+    trained = {
+        name: torch.where(gain != 0, frozen[name].float() / gain, 0).requires_grad_() for name, gain in gains.items()
     }
-    masks = calls.keep or [None] * len(targets)
-    real = [None if mask is None else mask.flatten().to(device) for mask in masks]
-    pairs = zip(calls.hidden, targets, strict=True)
-    change = torch.stack([(y.float() - x.to(device).float()).square().mean() for x, y in pairs])
+
+    def weights() -> dict[str, Tensor]:
+        return {name: (p * gains[name]).to(frozen[name].dtype) for name, p in trained.items()}
+
+    change = torch.stack([_squared(y, x.to(y.device)).mean() for x, y in zip(calls.hidden, targets, strict=True)])
     scale = 1 / change.mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def loss(batch: int) -> Tensor:
-        weights = frozen | {name: master.to(frozen[name].dtype) for name, master in masters.items()}
+        replaced = frozen | weights()
 
         def call(*args: object, **kwargs: object) -> Tensor:
-            return functional_call(block.module, weights, args, kwargs)
+            return functional_call(block.module, replaced, args, kwargs)
 
         with fast_forward(calls.hidden[batch]):
             output = calls.run(call, index, batch)
-        error = (output.float() - targets[batch].float()).square().mean(-1).flatten()  # [batch * tokens]
-        mask = real[batch]
-        if mask is not None:
-            error = error[mask]
+        error = _squared(output, targets[batch]).mean(-1).flatten()
         if token_weight is not None:
-            error = error * token_weight[batch].to(device)
+            error = error * token_weight[batch].to(error.device)
         return error.mean() * scale
 
     def total() -> float:
@@ -96,7 +105,7 @@ def reconstruct(
             return torch.stack([loss(batch) for batch in range(len(targets))]).mean().item()
 
     before = total()
-    _train(loss, masters, kept, calls, settings, index)
+    _train(loss, list(trained.values()), calls, settings, index)
     after = total()
     if not (math.isfinite(before) and math.isfinite(after)):
         raise ValueError(
@@ -105,51 +114,51 @@ def reconstruct(
         )
     if after >= before:
         return before, before
-    for name, parameter in block.module.named_parameters():
-        if name in masters:
-            parameter.data = masters[name].detach().to(parameter.dtype)
+    for name, value in weights().items():
+        parameters[name].data = value.detach()
     return before, after
+
+
+def _in_small_batches(
+    calls: Calls, targets: list[Tensor], token_weight: list[Tensor] | None, index: int, settings: Reconstruction
+) -> tuple[Calls, list[Tensor], list[Tensor] | None]:
+    """The same data in batches of settings.batch_size, if that is given."""
+    if settings.arguments is None or settings.batch_size is None:
+        return calls, targets, token_weight
+    size = settings.batch_size
+    if token_weight is not None:
+        token_weight = [
+            part.flatten()
+            for weight, hidden in zip(token_weight, calls.hidden, strict=True)
+            for part in weight.view(len(hidden), -1).split(size)
+        ]
+    small = Calls([part for hidden in calls.hidden for part in hidden.split(size)], settings.arguments)
+    return small, [part for target in targets for part in target.split(size)], token_weight
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    return (x.float() - y.float()).square()
 
 
 @torch.enable_grad()
 def _train(
-    loss: Callable[[int], Tensor],
-    masters: dict[str, Tensor],
-    kept: dict[str, Tensor],
-    calls: Calls,
-    settings: Reconstruction,
-    index: int,
+    loss: Callable[[int], Tensor], trained: list[Tensor], calls: Calls, settings: Reconstruction, index: int
 ) -> None:
-    """Adam with warm-up and cosine decay; removed weights have no gradient, and stay 0."""
-    groups = []
-    for name, master in masters.items():
-        size = (kept[name].sum() if name in kept else torch.tensor(master.numel())).clamp(min=1)
-        rms = (master.detach().square().sum() / size).sqrt().item()
-        # Norms and biases move a third as fast: they are few, and each touches everything.
-        groups.append({"params": [master], "lr": settings.learning_rate * rms * (1 if name in kept else 0.3)})
+    """Adam with warm-up and cosine decay."""
     samples, used = 0, 0
     for hidden in calls.hidden:
         if settings.samples is None or samples < settings.samples:
             samples, used = samples + len(hidden), used + 1
     steps = settings.passes * used
     warm_up = max(1, steps // 20)
-    optimizer = torch.optim.Adam(
-        groups, betas=(0.9, 0.95), eps=1e-10, fused=next(iter(masters.values())).is_cuda or None
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / (steps - warm_up + 1))
-        ),
-    )
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), eps=1e-10, fused=trained[0].is_cuda or None)
     generator = torch.Generator().manual_seed(settings.seed + index)
+    step = 0
     for _ in range(settings.passes):
         for batch in torch.randperm(used, generator=generator).tolist():
+            decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * min((step + 1) / warm_up, decay)
             loss(batch).backward()
-            for name, keep in kept.items():
-                gradient = masters[name].grad
-                if gradient is not None:
-                    gradient.mul_(keep)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            step += 1
