@@ -86,7 +86,7 @@ def test_masks_and_zeros_stay_and_everything_else_is_trained(pattern: str):
     for name, p in case.before.named_parameters():
         if p.dim() == 2:
             moved = (case.module.get_parameter(name) != p)[p != 0].float().mean()
-            assert moved > 0.99, name
+            assert moved > 0.8, name  # not those of hidden units that are never active
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
