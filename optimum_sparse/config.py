@@ -107,8 +107,8 @@ class SparsityConfig(QuantizationConfigMixin):
     residual_shift: float | None = None
     fisher: bool | None = None
     refine: str | None = None
-    reconstruction_learning_rate: float = 0.02
-    reconstruction_passes: int = 5
+    reconstruction_learning_rate: float = 0.01
+    reconstruction_passes: int = 8
     reconstruction_batch_size: int = 2
     reconstruction_samples: int | None = None
     allocation: str | dict[str, float] = "uniform"
@@ -137,7 +137,7 @@ class SparsityConfig(QuantizationConfigMixin):
         _integer("seed", self.seed, 0)
         _number("damping", self.damping, 0, 1e3, "0.01")
         _number("rose_threshold", self.rose_threshold, 0, 1, "0.5")
-        _number("reconstruction_learning_rate", self.reconstruction_learning_rate, 0, 1, "0.02")
+        _number("reconstruction_learning_rate", self.reconstruction_learning_rate, 0, 1, "0.01")
         for name in ("input_shift", "residual_shift"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0, 1, "0.5")

@@ -1,6 +1,7 @@
 """What pruning did to every layer, and what it left alone and why."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,17 +69,21 @@ class PruningReport:
         groups: dict[tuple, list[LayerReport]] = {}
         for layer in self.pruned:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-            groups.setdefault((kind, tuple(layer.shape), layer.pattern), []).append(layer)
+            family = str(layer.pattern).split()[0]  # unstructured sparsities may all differ
+            groups.setdefault((kind, tuple(layer.shape), family), []).append(layer)
         rows = [("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")]
-        for (kind, shape, pattern), members in groups.items():
+        for (kind, shape, family), members in groups.items():
+            patterns = {str(layer.pattern) for layer in members}
+            shares = [layer.sparsity for layer in members]
+            pattern = patterns.pop() if len(patterns) == 1 else f"{family} {min(shares):.2f}-{max(shares):.2f}"
             errors = [layer.error for layer in members if layer.error is not None]
             rows.append(
                 (
                     kind,
                     str(len(members)),
                     "x".join(map(str, shape)),
-                    str(pattern),
-                    f"{sum(layer.sparsity for layer in members) / len(members):.4f}",
+                    pattern,
+                    f"{sum(shares) / len(shares):.4f}",
                     f"{sum(errors) / len(errors):.4f}" if errors else "-",
                     f"{max(errors):.4f}" if errors else "-",
                     f"{sum(layer.seconds for layer in members):.1f}",
@@ -94,5 +99,7 @@ class PruningReport:
         for reason, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"left dense, {reason}: {', '.join(names[:3])}{more}")
+        remarks = Counter(part for layer in self.pruned for part in layer.note.split("; "))
+        lines += [f"{remark}: {count} layers" for remark, count in remarks.items() if remark.isalpha()]
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         return "\n".join(lines + ([f"{self.method}: {phases}"] if phases else []))

@@ -56,6 +56,35 @@ def test_options_win_over_a_config_file(tiny_llama, text, tmp_path):
     assert (stored["method"], stored["sparsity"], stored["layers"]) == ("magnitude", 0.3, {"down_proj": "4:8"})
 
 
+def test_a_recipe_and_any_other_field(tiny_llama, text, tmp_path):
+    settings = ["damping=0.02", "input_shift=0.25", "staged=false", 'denser={"dense": 0.1}', "block_name=model.layers"]
+    more = ["--recipe", "fast", "--refine", "reconstruct", "--set", "reconstruction_passes=1"]
+    more += [word for setting in settings for word in ("--set", setting)]
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    expected = dict(method="admm", refine="reconstruct", damping=0.02, input_shift=0.25, staged=False, fisher=True)
+    expected |= dict(residual_shift=0.5, reconstruction_passes=1, denser={"dense": 0.1}, block_name="model.layers")
+    assert {name: stored[name] for name in expected} == expected
+    assert set(stored["layers"].values()) == {"dense"}
+    layers = json.loads((tmp_path / "out" / "sparsity_report.json").read_text())["layers"]
+    assert all("block error" in layer["note"] for layer in layers if not layer["skipped"])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_allocation_of_unstructured_sparsity(tiny_llama, text, tmp_path):
+    more = ["--recipe", "paper", "--pattern", "unstructured", "--sparsity", "0.6", "--allocation", "owl"]
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stored["allocation"], stored["method"], stored["input_shift"]) == ("owl", "sparsegpt", 0)
+    assert len(set(stored["layers"].values())) == 2
+
+
+@pytest.mark.xfail(strict=True, reason="options are checked without the recipe first: wanda alone has no shifts")
+def test_options_are_checked_together_with_the_recipe(tiny_llama, text, tmp_path):
+    more = ["--recipe", "fast", "--method", "wanda", "--set", "input_shift=0.25"]  # refined by pcg
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0
+
+
 def test_eval_of_dense_and_compressed_agree(pruned, text, capsys):
     values = []
     for more in ([], ["--run-compressed"]):
@@ -87,6 +116,12 @@ def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
             "no such file",
         ),
         (["prune", "MODEL", "--output", "OUT", "--layer", "down_proj"], "NAME=VALUE"),
+        (["prune", "MODEL", "--output", "OUT", "--set", "damping"], "--set 'damping': must be NAME=VALUE"),
+        (["prune", "MODEL", "--output", "OUT", "--set", "dampin=0.1"], "did you mean 'damping'"),
+        (["prune", "MODEL", "--output", "OUT", "--set", "damping=much"], "damping='much': must be a number"),
+        (["prune", "MODEL", "--output", "OUT", "--set", "staged=True"], "staged='True': must be True or False"),
+        (["prune", "MODEL", "--output", "OUT", "--allocation", "owl"], "nothing to share out"),
+        (["prune", "MODEL", "--output", "OUT", "--method", "wanda", "--set", "fisher=true"], "second-order method"),
         (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
         (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),
         (["info", "MODEL"], "not a sparse checkpoint"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optimum_sparse.config import SparsityConfig, describe_dataset, matches
 from optimum_sparse.core import NM, Unstructured
-from optimum_sparse.methods import Magnitude, SparseGPT, Wanda
+from optimum_sparse.methods import Admm, Magnitude, Rose, SparseGPT, Wanda
 
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -27,10 +27,33 @@ patterns = st.one_of(
     st.tuples(st.just("unstructured"), st.one_of(st.none(), st.floats(0, 1, exclude_max=True))),
     st.tuples(st.sampled_from(["2:4", "1:4", "3:5", "16:32"]), st.none()),
 )
+shares = st.floats(0, 1)
+
+
+def build(pattern: tuple, allocation, denser: dict, **rest) -> SparsityConfig:
+    given = {"allocation": allocation} if pattern[0] == "unstructured" else {"denser": denser}
+    if rest["refine"] is None and rest["method"] in ("magnitude", "wanda"):
+        rest |= dict(staged=None, input_shift=0.0, residual_shift=None, fisher=False)
+    return SparsityConfig(pattern=pattern[0], sparsity=pattern[1], **given, **rest)
+
+
 configs = st.builds(
-    lambda pattern, **rest: SparsityConfig(pattern=pattern[0], sparsity=pattern[1], **rest),
+    build,
     pattern=patterns,
-    method=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    method=st.sampled_from(["magnitude", "wanda", "sparsegpt", "rose", "admm"]),
+    staged=st.sampled_from([None, False, True]),
+    input_shift=st.one_of(st.none(), shares, st.integers(0, 1)),
+    residual_shift=st.one_of(st.none(), shares),
+    fisher=st.sampled_from([None, False, True]),
+    refine=st.sampled_from([None, "pcg", "reconstruct"]),
+    rose_threshold=shares,
+    reconstruction_learning_rate=shares,
+    reconstruction_passes=st.integers(1, 100),
+    reconstruction_samples=st.one_of(st.none(), st.integers(1, 100)),
+    allocation=st.one_of(
+        st.sampled_from(["uniform", "owl", "error"]), st.dictionaries(names, st.floats(0, 0.99), max_size=3)
+    ),
+    denser=st.dictionaries(st.sampled_from(["dense", "3:4", "4:8"]), shares),
     dataset=st.sampled_from(["c4", "wikitext2", "self", "org/name:subset", "/a/file.txt"]),
     num_samples=st.integers(1, 10**6),
     sequence_length=st.integers(1, 10**6),
@@ -58,6 +81,46 @@ def test_json_round_trip(config: SparsityConfig):
         except ValueError:
             continue
         assert again.pattern_for(name) == expected
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "rose", "admm"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured"])
+@pytest.mark.parametrize("name", ["best", "fast", "paper"])
+def test_recipes_are_valid_for_every_pattern_and_method(name: str, pattern: str, method: str):
+    config = SparsityConfig.recipe(name, pattern, method=method)
+    assert config.pattern_for(Q0) == (
+        Unstructured(0.5) if pattern == "unstructured" else NM(*map(int, pattern.split(":")))
+    )
+    assert SparsityConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_recipes_are_what_they_say_and_changes_go_on_top():
+    best, fast = SparsityConfig.recipe("best", "unstructured"), SparsityConfig.recipe("fast", "unstructured")
+    assert (best.method, best.refine, best.allocation) == ("admm", "reconstruct", "error")
+    assert (fast.method, fast.refine, fast.allocation) == ("admm", "pcg", "error")
+    assert SparsityConfig.recipe("fast").allocation == "uniform"
+    paper = SparsityConfig.recipe("paper", sparsity=None, num_samples=3)
+    assert paper.build_method() == SparseGPT(0.01, 128)
+    assert (paper.refine, paper.num_samples) == (None, 3)
+    assert [paper.staged, paper.input_shift, paper.residual_shift, paper.fisher] == [False, 0, 0, False]
+    changed = SparsityConfig.recipe(
+        "best", "unstructured", sparsity=0.7, allocation="owl", method="rose", fisher=False
+    )
+    assert (changed.sparsity, changed.allocation, changed.method, changed.fisher) == (0.7, "owl", "rose", False)
+    assert SparsityConfig.recipe("best") == SparsityConfig.recipe("best"), "a recipe is not changed by its use"
+
+
+def test_what_is_left_open_is_resolved_and_the_rest_stays():
+    names = ("staged", "input_shift", "residual_shift", "fisher")
+    config = SparsityConfig()
+    assert [getattr(config.resolved(True), name) for name in names] == [True, 0.5, 0.5, True]
+    assert [getattr(config.resolved(False), name) for name in names] == [False, 0, 0, False]
+    assert [getattr(config, name) for name in names] == [None] * 4, "another object"
+    chosen = SparsityConfig(staged=False, input_shift=0.25, residual_shift=0, fisher=False)
+    assert chosen.resolved(True) == chosen == chosen.resolved(False)
+    mixed = SparsityConfig(input_shift=0.25).resolved(True)
+    assert [getattr(mixed, name) for name in names] == [True, 0.25, 0.5, True]
+    assert mixed.resolved(False) == mixed
 
 
 def test_defaults_are_the_papers():
@@ -116,6 +179,9 @@ def test_build_method_passes_on_the_parameters():
     assert SparsityConfig(damping=0.3, block_size=64).build_method() == SparseGPT(0.3, 64)
     assert SparsityConfig(method="wanda").build_method() == Wanda()
     assert SparsityConfig(method="magnitude").build_method() == Magnitude()
+    assert SparsityConfig(method="admm", damping=0.3).build_method() == Admm(0.3)
+    config = SparsityConfig(method="rose", damping=0.3, block_size=64, rose_threshold=0.25)
+    assert config.build_method() == Rose(0.3, 64, 0.25)
 
 
 # ---- datasets

@@ -336,6 +336,63 @@ def test_pruning_twice_is_pruning_what_is_left(tiny_llama):
     assert_same_weights(pruner.model, wanted)
 
 
+# ---- second-order methods and what comes after them
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("refine", [None, "pcg", "reconstruct"])
+@pytest.mark.parametrize("method", ["sparsegpt", "rose", "admm"])
+def test_methods_and_refinements(method, refine, pattern, tiny_llama, tmp_path):
+    sparsity = 0.6 if pattern == "unstructured" else None
+    training = dict(reconstruction_passes=1, reconstruction_learning_rate=0.002)
+    config = make_config(method, pattern, sparsity=sparsity, refine=refine, **training)
+    pruner = Pruner.from_pretrained(tiny_llama)
+    before = weights_of(pruner.model)
+    model = pruner.prune(config)
+    assert len(pruner.report.pruned) == 14
+    for layer in pruner.report.pruned:
+        assert_pattern(model.get_submodule(layer.name).weight, pattern, sparsity or 0.5)
+        assert 0 < layer.error < 1
+    assert torch.isfinite(logits(model)).all()
+    changed = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, before[name])}
+    inside = {name for name in before if "layers" in name}
+    matrices = {name for name in inside if before[name].dim() == 2}
+    if refine == "reconstruct":
+        assert matrices < changed <= inside, "norms and biases are trained, too"
+    else:
+        assert changed == matrices
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_weights(again, model)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "resolved"),
+    [
+        ({}, False, [True, 0.5, 0.5, True]),
+        ({"input_shift": 0.25, "fisher": False}, False, [True, 0.25, 0.5, False]),
+        ({"method": "wanda"}, False, [False, 0, 0, False]),
+        ({"method": "wanda", "refine": "pcg"}, False, [True, 0.5, 0.5, True]),
+        ({}, True, [False, 0, 0, False]),
+        ({"staged": True}, True, [True, 0, 0, False]),
+    ],
+)
+def test_the_stored_config_says_what_was_done(changes, own, resolved, tiny_llama, tmp_path):
+    """Also where the config left it open; and it is a valid config, which does the same."""
+    config = make_config(**changes)
+    method = SmallestInput(Needs.GRAM) if own else None
+    model = Pruner.from_pretrained(tiny_llama).prune(config, method=method)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    names = ("staged", "input_shift", "residual_shift", "fisher")
+    assert [stored[name] for name in names] == resolved
+    assert [getattr(config, name) for name in names] == [changes.get(name) for name in names], "the caller's is left"
+    if not own:
+        again = SparsityConfig.from_dict(stored | {"dataset": "c4"})
+        assert_same_weights(Pruner.from_pretrained(tiny_llama).prune(again, dataset=config.dataset), model)
+
+
 # ---- to disk
 
 

@@ -30,8 +30,8 @@ class Reconstruction:
         arguments: what the blocks are called with for batches of that size, as in Calls; used up.
     """
 
-    learning_rate: float = 0.02
-    passes: int = 5
+    learning_rate: float = 0.01
+    passes: int = 8
     samples: int | None = None
     seed: int = 0
     batch_size: int | None = None

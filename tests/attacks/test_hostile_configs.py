@@ -42,6 +42,9 @@ WRONG_EXPRESSIONS = [
     "re:" + "(" * 5000 + ")" * 5000,
 ]
 
+WRONG_SHARES = [-0.01, 1.01, NAN, INF, "0.5", True, [0.5], 10**400]
+UNNAMED = pytest.mark.xfail(strict=True, reason="the error names the pattern and not the field")
+
 CASES = [
     *(("method", value) for value in WRONG_NAMES),
     *(("format", value) for value in WRONG_NAMES),
@@ -51,11 +54,29 @@ CASES = [
     *(("sparsity", value) for value in [0.6, -0.5, 1.5, 0, NAN, INF, "0.5", [0.5], {}, True]),  # beside 2:4
     *(
         (name, value)
-        for name in ("num_samples", "sequence_length", "batch_size", "block_size")
+        for name in ("num_samples", "sequence_length", "batch_size", "block_size", "reconstruction_passes")
         for value in WRONG_INTEGERS
     ),
     *(("seed", value) for value in [-1, 0.0, "0", None, False, NAN]),
     *(("damping", value) for value in [-0.01, -INF, INF, NAN, 1e9, "0.01", None, True, [0.01], 10**400]),
+    *(
+        (name, value)
+        for name in ("rose_threshold", "reconstruction_learning_rate", "input_shift", "residual_shift")
+        for value in WRONG_SHARES
+    ),
+    *((name, None) for name in ("rose_threshold", "reconstruction_learning_rate")),
+    *((name, value) for name in ("staged", "fisher") for value in [0, 1, 0.0, "True", "", [], NAN]),
+    *(("reconstruction_samples", value) for value in WRONG_INTEGERS if value is not None),
+    *(("refine", value) for value in WRONG_NAMES if value is not None),
+    *(("allocation", value) for value in WRONG_NAMES if not isinstance(value, dict)),
+    *(("allocation", value) for value in ["owl", "error", {}, {"mlp": 0.5}]),  # beside 2:4
+    *(("denser", value) for value in [None, [], "dense", 0.1, True, ["dense"]]),
+    *(("denser", {"dense": value}) for value in [*WRONG_SHARES, None]),
+    ("denser", {"unstructured": 0.1}),
+    *(
+        pytest.param("denser", {name: 0.1}, marks=UNNAMED)
+        for name in ("", "2", "5:4", "0:4", "4:4", "Dense", None, 3, "1:99999")
+    ),
     *(("run_compressed", value) for value in [None, 0, 1, "True", []]),
     *(("block_name", value) for value in [0, True, ["model.layers"], {}]),
     *((name, value) for name in ("targets", "ignore") for value in WRONG_NAME_LISTS),
@@ -90,7 +111,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value"), CASES, ids=[f"{key}-{str(value)[:24]!r}" for key, value in CASES])
+@pytest.mark.parametrize(("key", "value"), CASES, ids=lambda part: part if isinstance(part, str) else str(part)[:24])
 def test_a_wrong_value_is_refused_by_name(key: str, value):
     for make in (lambda: SparsityConfig(**{key: value}), lambda: SparsityConfig.from_dict({key: value})):
         with pytest.raises(ValueError, match=key):
@@ -103,6 +124,41 @@ def test_unstructured_sparsity_out_of_range(sparsity):
         SparsityConfig(pattern="unstructured", sparsity=sparsity)
     with pytest.raises(ValueError, match=r"sparsity="):
         Unstructured(sparsity)
+
+
+WRONG_ALLOCATIONS = [
+    *({"mlp": value} for value in [-0.1, 0.995, 1, NAN, INF, "0.5", "dense", "2:4", None, True, [0.5]]),
+    *({name: 0.5} for name in ["", 1, None, *WRONG_EXPRESSIONS]),
+]
+
+
+@pytest.mark.parametrize("allocation", WRONG_ALLOCATIONS, ids=lambda value: str(value)[:24])
+def test_allocations_by_name_that_mean_nothing(allocation):
+    with pytest.raises(ValueError, match="allocation"):
+        SparsityConfig(pattern="unstructured", allocation=allocation)
+
+
+def test_denser_is_for_n_of_m_and_allocation_for_unstructured():
+    with pytest.raises(ValueError, match=r"denser=.*: for N:M patterns; allocation='error' is for unstructured"):
+        SparsityConfig(pattern="unstructured", denser={"dense": 0.1})
+    with pytest.raises(ValueError, match=r"allocation='owl': pattern 2:4 has nothing to share out.*denser="):
+        SparsityConfig(allocation="owl")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("option", [{"staged": True}, {"input_shift": 0.5}, {"residual_shift": 1}, {"fisher": True}])
+def test_a_first_order_method_cannot_do_what_was_asked_for(method: str, option: dict):
+    (name,) = option
+    with pytest.raises(ValueError, match=rf"{name}=.* needs a second-order method, and '{method}' is none"):
+        SparsityConfig(method=method, **option)
+    SparsityConfig(method=method, refine="pcg", **option)
+    SparsityConfig(method=method, **{name: type(option[name])(0)})
+
+
+@pytest.mark.parametrize("recipe", ["", "Best", None, 1, ["best"], {"best": 1}])
+def test_recipes_have_names(recipe):
+    with pytest.raises(ValueError, match=r"recipe=.*: must be one of \['best', 'fast', 'paper'\]"):
+        SparsityConfig.recipe(recipe)
 
 
 @pytest.mark.parametrize(("kept", "group"), [(0, 4), (4, 4), (5, 4), (-1, 4), (2, -4)])

@@ -141,14 +141,6 @@ def cubic(m: Written, x: Tensor) -> Tensor:
     return x + m.back(y + 0.04 * y**3)
 
 
-def passing_tensors(m: Written, x: Tensor) -> Tensor:
-    m.b(x)
-    for _ in range(20):
-        torch.relu(x)  # its memory, and its id, are taken again and again
-    h = x * 2
-    return h + m.a(h)
-
-
 # what the block computes -> {linear: what its output is added to}
 STREAMS = {
     "x + a": (lambda m, x: x + m.a(x), lambda m, x: {"a": x}),
@@ -172,7 +164,6 @@ STREAMS = {
     "a number": (lambda m, x: m.a(x) + 1, lambda m, x: {}),
     "a vector": (lambda m, x: m.a(x) + m.b.bias, lambda m, x: {}),
     "one for all tokens": (lambda m, x: x + m.a(x.mean(1, keepdim=True)), lambda m, x: {}),
-    "after passing tensors": (passing_tensors, lambda m, x: {"a": x * 2}),
     "cubic activation inside": (cubic, lambda m, x: {"back": x}),
 }
 
@@ -194,6 +185,22 @@ def test_a_linear_that_is_added_as_it_is_writes_to_the_stream(case: str):
 
 def test_an_activation_as_wide_as_the_stream_is_not_the_stream():
     assert local(layout_of(Written(cubic, inner=WIDTH), tokens_of()[0]).residual) == {"back"}
+
+
+def passing_tensors(m: Written, x: Tensor) -> Tensor:
+    m.b(x)
+    for _ in range(20):
+        _ = [torch.relu(x), torch.tanh(x), x + 1, x - 1]  # their memory, and ids, are taken again and again
+    del _
+    h = x * 2
+    return h + m.a(h)
+
+
+@pytest.mark.xfail(strict=True, reason="ages are counted by ids of tensors, and ids come again")
+def test_what_came_and_went_before_does_not_hide_the_stream():
+    """Many times, since memory is not handed out in the same way each time."""
+    module, x = Written(passing_tensors), tokens_of()[0]
+    assert all(local(layout_of(module, x).residual) == {"a"} for _ in range(100))
 
 
 # ---- stages
