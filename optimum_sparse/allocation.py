@@ -3,6 +3,7 @@
 What a layer would lose is measured by a method that prunes nothing: `prune_blocks` walks over the dense model with it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import DENSE, SparsityConfig, matches
-from .core import InputStats, Needs, Pattern, Solved, Unstructured, column_sweep, parse_pattern
+from .core import NM, InputStats, Needs, Pattern, Solved, Unstructured, column_sweep, parse_pattern
 from .pipeline import Block, Calls, Objective, Sensitivity, prune_blocks
 
 
@@ -40,6 +41,9 @@ class ErrorCurves:
         factor = stats.inverse_factor(self.damping)
         losses = []
         for candidate in self.patterns:
+            if isinstance(candidate, NM) and weight.shape[1] % candidate.group:
+                losses.append(torch.full_like(target[0, 0], torch.inf))  # not for this one
+                continue
             error = column_sweep(target, factor, candidate, block_size=self.block_size).weight - target
             losses.append(((error @ stats.gram) * error).sum())
         self.losses.append(losses)
@@ -96,23 +100,23 @@ def share_out(
         target: share of all weights to remove.
     """
     known = torch.tensor(grid, dtype=torch.float64)
-    fine = torch.linspace(grid[0], grid[-1], 201, dtype=torch.float64)
+    fine = torch.linspace(grid[0], grid[-1], 2001, dtype=torch.float64)
     right = torch.searchsorted(known, fine).clamp(1, len(grid) - 1)
     part = (fine - known[right - 1]) / (known[right] - known[right - 1])
-    log_loss = torch.tensor(losses, dtype=torch.float64).clamp(min=1e-300).log()
+    loss = torch.tensor(losses, dtype=torch.float64)
+    log_loss = (loss / loss.max()).clamp(min=1e-300).log()
     loss = torch.lerp(log_loss[:, right - 1], log_loss[:, right], part).exp()
-    size = torch.tensor(sizes, dtype=torch.float64)
+    size = torch.tensor(sizes, dtype=torch.float64)[:, None] / max(sizes)
 
-    def choice(price: float) -> Tensor:
-        return fine[(loss - price * size[:, None] * fine).argmin(1)]
+    def choice(log_price: float) -> Tensor:
+        return fine[(loss - math.exp(log_price) * size * fine).argmin(1)]
 
-    low, high = -690.0, 690.0  # logarithm of the price
+    low, high = -700.0, 700.0
     for _ in range(100):
         middle = (low + high) / 2
-        removed = (choice(torch.tensor(middle).exp().item()) * size).sum() / size.sum()
+        removed = (choice(middle) * size[:, 0]).sum() / size.sum()
         low, high = (middle, high) if removed < target else (low, middle)
-    chosen = choice(torch.tensor(high, dtype=torch.float64).exp().item()).tolist()
-    return meet_target(chosen, sizes, target, grid[0], grid[-1])
+    return meet_target(choice(high).tolist(), sizes, target, grid[0], grid[-1])
 
 
 def meet_target(
@@ -244,8 +248,11 @@ def allocate(
         budgets = list(config.denser.items())
         sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
         measured = curves([pattern, *sparse])
-        by_name = [dict(zip([config.pattern, *map(str, sparse)], losses, strict=True)) for losses in measured]
-        table = [[losses[config.pattern]] + [losses.get(name, 0.0) for name, _ in budgets] for losses in by_name]
+        column = {name: number for number, name in enumerate((name for name, _ in budgets if name != DENSE), 1)}
+        table = [
+            [losses[0]] + [0.0 if name == DENSE else losses[column[name]] for name, _ in budgets]
+            for losses in measured
+        ]
         return {names[matrix]: name for matrix, name in upgrade(table, sizes, budgets).items()}
     if config.allocation == "owl":
         method = OutlierRatios(chosen)

@@ -136,9 +136,7 @@ def _prune(args: argparse.Namespace) -> None:
         options["layers"] = dict(_override(text) for text in args.layers)
     if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
         options.pop("sparsity", None)  # a file's sparsity belongs to the file's pattern
-    config = SparsityConfig.from_dict(options)  # names an unknown key
-    if args.recipe:
-        config = SparsityConfig.recipe(args.recipe, **options)
+    config = SparsityConfig.recipe(args.recipe, **options) if args.recipe else SparsityConfig.from_dict(options)
     with new_directory(args.output) as directory:  # refuses a bad one before the model is loaded
         pruner = Pruner.from_pretrained(args.model, **_loading(args))
         pruner.prune_to_disk(config, directory, max_shard_size=args.max_shard_size)

@@ -198,7 +198,7 @@ class SparsityConfig(QuantizationConfigMixin):
         - "paper": the method as published, without this package's additions; SparseGPT unless `method` is given.
         """
         _one_of("recipe", name, RECIPES)
-        return cls(**{"pattern": pattern, **RECIPES[name](pattern), **changes})
+        return cls.from_dict({"pattern": pattern, **RECIPES[name](pattern), **changes})
 
     def build_method(self) -> Method:
         """The method object that this config names, refinement not included."""
@@ -237,8 +237,12 @@ class SparsityConfig(QuantizationConfigMixin):
         if not isinstance(self.denser, dict):
             raise ValueError(f"denser={self.denser!r}: must be a dict such as {{'4:8': 0.2, 'dense': 0.05}}.")
         for name, share in self.denser.items():
-            if name != DENSE and not isinstance(parse_pattern(name), NM):
-                raise ValueError(f"denser[{name!r}]: must be 'dense' or N:M.")
+            try:
+                valid = name == DENSE or isinstance(parse_pattern(name), NM)
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"denser[{name!r}]: must be 'dense', or N:M such as '4:8'.")
             _number(f"denser[{name!r}]", share, 0, 1, "0.1")
         if self.denser and not isinstance(pattern, NM):
             raise ValueError(f"denser={self.denser!r}: for N:M patterns; allocation='error' is for unstructured.")

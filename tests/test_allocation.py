@@ -59,10 +59,7 @@ def curve(height: float, growth: float):
     return lambda s: height * 2.718281828459045 ** (growth * s)
 
 
-TOO_LARGE = pytest.mark.xfail(strict=True, reason="a price above 1 is sought in fp32 from e^345 = inf on: uniform")
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, *(pytest.param(scale, marks=TOO_LARGE) for scale in (1.0, 1e6, 1e40))])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6, 1e40])
 @pytest.mark.parametrize("sizes", [[100, 100], [100, 900], [300, 50, 150]])
 @pytest.mark.parametrize("target", [0.35, 0.5, 0.62])
 def test_sharing_out_loses_as_little_as_brute_force_finds(sizes: list[int], target: float, scale: float):
@@ -405,7 +402,6 @@ def test_denser_patterns_stay_within_their_budgets_and_reload(denser: dict[str, 
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.xfail(strict=True, reason="allocation's names are not checked as those of targets, ignore and layers are")
 def test_a_name_that_matches_nothing_is_an_error():
     with pytest.raises(ValueError, match="allocation names 'no_such'"):
         Pruner.from_pretrained(make_model("llama")).prune(
@@ -413,7 +409,6 @@ def test_a_name_that_matches_nothing_is_an_error():
         )
 
 
-@pytest.mark.xfail(strict=True, reason="'04:8' is taken for dense: a loss of 0")
 def test_a_pattern_means_the_same_however_it_is_written():
     chosen = []
     for name in ("4:8", "04:8"):

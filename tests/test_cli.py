@@ -79,7 +79,6 @@ def test_allocation_of_unstructured_sparsity(tiny_llama, text, tmp_path):
     assert len(set(stored["layers"].values())) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="options are checked without the recipe first: wanda alone has no shifts")
 def test_options_are_checked_together_with_the_recipe(tiny_llama, text, tmp_path):
     more = ["--recipe", "fast", "--method", "wanda", "--set", "input_shift=0.25"]  # refined by pcg
     assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0

@@ -172,7 +172,14 @@ def _shape(module: nn.Module) -> list[int]:
 def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
     names = ["lm_head"]  # always allowed: it stays dense, and a base model has none
     names += [full_name(model)(name) for name, _ in model.named_modules() if name]
-    for kind, rules in (("targets", config.targets or []), ("ignore", config.ignore), ("layers", list(config.layers))):
+    allocated = list(config.allocation) if isinstance(config.allocation, dict) else []
+    named = {
+        "targets": config.targets or [],
+        "ignore": config.ignore,
+        "layers": [*config.layers],
+        "allocation": allocated,
+    }
+    for kind, rules in named.items():
         for rule in rules:
             if not any(matches(rule, name) for name in names):
                 raise ValueError(

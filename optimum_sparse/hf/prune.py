@@ -24,6 +24,7 @@ from .placement import execution_device, onload
 from .sensitivity import fisher
 
 
+@torch.inference_mode(False)
 def prune_model(
     model: PreTrainedModel,
     config: SparsityConfig,
@@ -50,6 +51,9 @@ def prune_model(
     name = type(method).__name__
     if config.refine is not None:
         method = Polished(method, config.damping)
+    if config.fisher is None and model.get_output_embeddings() is None:
+        config = copy.copy(config)
+        config.fisher = False  # a base model has no likelihood
     config = config.resolved(second_order=method.needs is Needs.GRAM and not own)
     plan = make_plan(model, config)
     report = PruningReport(method=name)

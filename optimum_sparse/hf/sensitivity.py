@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -30,6 +30,11 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
     Args:
         batches: what the model is called with; `tokens` of the result follows them.
     """
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"a {type(model).__name__} has no head, and so no likelihood to be sensitive to: load the model as "
+            "AutoModelForCausalLM, or leave fisher, allocation='error' and denser out."
+        )
     device = execution_device(model.get_input_embeddings())
     sequence = 0
     tokens: dict[str, list[list[Tensor]]] = defaultdict(lambda: [[] for _ in batches])
@@ -52,6 +57,7 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_activations(model))
+        stack.enter_context(set_checkpoint_early_stop(False))  # or offloaded weights stay where they were brought
         stack.enter_context(replaced_forwards([block.module for block in blocks], _recomputed(blocks)))
         for block in blocks:
             stack.callback(block.module.register_forward_hook(hook(block.name, False)).remove)

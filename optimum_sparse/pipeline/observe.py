@@ -69,9 +69,7 @@ class Layout:
         """Groups to be solved together: one at a time, but for numbered siblings ("experts.0.up", "experts.1.up")."""
         stages: dict[frozenset[str], list[list[Linear]]] = {}
         for group in self.groups:
-            kinds = frozenset(
-                ".".join("*" if part.isdigit() else part for part in linear.name.split(".")) for linear in group
-            )
+            kinds = frozenset(_kind(linear.name) for linear in group)
             same = next((known for known in stages if known & kinds), None)
             if same is None:
                 stages[kinds] = [group]
@@ -80,9 +78,15 @@ class Layout:
         return list(stages.values())
 
 
+def _kind(name: str) -> str:
+    """The same for numbered siblings that hold the linear, not for linears that are numbered themselves."""
+    *owners, own = name.split(".")
+    return ".".join(["*" if part.isdigit() else part for part in owners] + [own])
+
+
 def find_layout(block: Block, index: int, calls: Calls) -> Layout:
     """Run the first batch through the block and look."""
-    with Watch(block.linears) as watch:
+    with Watch(block.linears, block.linears) as watch:
         calls.run(block.module, index, 0)
     by_name = {linear.name: linear for linear in block.linears}
     groups: list[list[Linear]] = []
@@ -120,13 +124,15 @@ def collect(
     """
     evidence = [Evidence(group, needs) for group in groups]
     weights = [None if sensitivity is None else token_weights(group, sensitivity, calls) for group in groups]
-    members = [linear for group in groups for linear in group]
-    residual = frozenset(linear.name for linear in members if dense is not None and linear.name in layout.residual)
-    leaders = {group[0].name for group in groups}
-    watched = [linear for linear in members if linear.name in leaders | residual]
+    leaders = [group[0] for group in groups]
+    residual = frozenset(linear.name for group in groups for linear in group) & layout.residual
+    writers = [linear for linear in block.linears if linear.name in layout.residual]
+    if dense is None or not residual:
+        residual, writers = frozenset(), []
+    until = residual if layout.once else None
 
     def watch(batch: int, hidden: Tensor | None = None) -> Watch:
-        with Watch(watched, residual, layout.in_place, stop_early=layout.once) as seen:
+        with Watch(leaders, writers, in_place=layout.in_place, until=until) as seen:
             calls.run(block.module, index, batch, hidden)
         return seen
 
@@ -201,38 +207,38 @@ class Watch(TorchFunctionMode):
 
     def __init__(
         self,
-        linears: list[Linear],
-        residual: frozenset[str] | None = None,
+        linears: Sequence[Linear],
+        writers: Sequence[Linear] = (),
+        *,
         in_place: frozenset[str] = frozenset(),
-        stop_early: bool = False,
+        until: frozenset[str] | None = None,
     ):
         """
         Args:
-            residual: for which linears `residuals` is filled; None: for all of which it can.
+            linears: whose `inputs` are wanted.
+            writers: whose outputs are followed, for `residuals`. Of parallel branches all or none.
             in_place: whose inputs must be copied, since they will be changed.
-            stop_early: end the pass when everything was seen once.
+            until: end the pass when every input, and the residuals of these, were seen; None: never.
         """
         super().__init__()
         self.inputs: dict[str, list[tuple[Tensor, int]]] = {}
         self.residuals: dict[str, Tensor] = {}
         self._linears = linears
-        self._residual = residual
+        self._writers = writers
         self._in_place = in_place
-        self._stop_early = stop_early
-        self._outputs: list[
-            tuple[Tensor, frozenset[str], int]
-        ] = []  # outputs, and their sums, not yet added; when made
+        self._until = until
+        # Outputs, and their sums, that are not yet added to anything, and when they were made.
+        self._outputs: list[tuple[Tensor, frozenset[str], int]] = []
         self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors made since the first, and when
+        self._clock = 0
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> "Watch":
         for linear in self._linears:
-            module = linear.module
-            self._hooks.callback(
-                module.register_forward_pre_hook(partial(self._before, linear.name), with_kwargs=True).remove
-            )
-            if self._residual is None or linear.name in self._residual:
-                self._hooks.callback(module.register_forward_hook(partial(self._after, linear.name)).remove)
+            before = partial(self._before, linear.name)
+            self._hooks.callback(linear.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for linear in self._writers:
+            self._hooks.callback(linear.module.register_forward_hook(partial(self._after, linear.name)).remove)
         return super().__enter__()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> bool:
@@ -256,11 +262,12 @@ class Watch(TorchFunctionMode):
         self._stop_if_done()
 
     def _after(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self._outputs.append((output, frozenset([name]), len(self._made)))
+        self._outputs.append((output, frozenset([name]), self._clock))
 
     def _stop_if_done(self) -> None:
-        expected = self._residual or ()
-        if self._stop_early and len(self.inputs) == len(self._linears) and len(self.residuals) >= len(expected):
+        if self._until is None or len(self.inputs) < len(self._linears):
+            return
+        if self._until <= self.residuals.keys():
             raise _AllSeen
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -293,7 +300,8 @@ class Watch(TorchFunctionMode):
 
     def _note(self, result: Any) -> Any:
         if isinstance(result, Tensor):
-            self._made[id(result)] = weakref.ref(result), len(self._made) + 1
+            self._clock += 1
+            self._made[id(result)] = weakref.ref(result), self._clock
         return result
 
     def _age(self, x: Tensor) -> int:

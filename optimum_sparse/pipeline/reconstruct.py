@@ -57,7 +57,7 @@ def reconstruct(
         token_weight: for each batch fp32 [batch * tokens]; 0 for padding.
 
     Returns:
-        mean |output - target|^2 / mean |target - input|^2 before and after.
+        mean |output - target|^2 / mean |target - input|^2 before and after, tokens weighed in both.
 
     Raises:
         ValueError: the loss is not finite.
@@ -84,8 +84,16 @@ def reconstruct(
     def weights() -> dict[str, Tensor]:
         return {name: (p * gains[name]).to(frozen[name].dtype) for name, p in trained.items()}
 
-    change = torch.stack([_squared(y, x.to(y.device)).mean() for x, y in zip(calls.hidden, targets, strict=True)])
-    scale = 1 / change.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    if token_weight is None:
+        token_weight = [torch.ones(target.shape[:2].numel(), device=target.device) for target in targets]
+
+    def weighed(x: Tensor, y: Tensor, batch: int) -> Tensor:
+        """Sum over tokens of the mean squared difference, weighed; what is in padding does not matter."""
+        weight = token_weight[batch].to(x.device)
+        return (_squared(x, y).mean(-1).flatten().where(weight > 0, 0) * weight).sum()
+
+    changes = [weighed(y, calls.hidden[batch].to(y.device), batch) for batch, y in enumerate(targets)]
+    scale = 1 / torch.stack(changes).mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def loss(batch: int) -> Tensor:
         replaced = frozen | weights()
@@ -95,10 +103,7 @@ def reconstruct(
 
         with fast_forward(calls.hidden[batch]):
             output = calls.run(call, index, batch)
-        error = _squared(output, targets[batch]).mean(-1).flatten()
-        if token_weight is not None:
-            error = error * token_weight[batch].to(error.device)
-        return error.mean() * scale
+        return weighed(output, targets[batch], batch) * scale
 
     def total() -> float:
         with torch.no_grad():

@@ -175,7 +175,10 @@ def test_a_linear_that_is_added_as_it_is_writes_to_the_stream(case: str):
     before = x.clone()
     streams = expected(module, x)
     assert local(layout_of(module, x).residual) == set(streams)
-    with Watch(block_of(module).linears, frozenset(f"block.{name}" for name in streams)) as watch:
+    linears = block_of(module).linears
+    with Watch(
+        linears, [linear for linear in linears if linear.name in {f"block.{name}" for name in streams}]
+    ) as watch:
         module(x)
     assert local(watch.residuals) == set(streams)
     for name, stream in streams.items():
@@ -196,7 +199,6 @@ def passing_tensors(m: Written, x: Tensor) -> Tensor:
     return h + m.a(h)
 
 
-@pytest.mark.xfail(strict=True, reason="ages are counted by ids of tensors, and ids come again")
 def test_what_came_and_went_before_does_not_hide_the_stream():
     """Many times, since memory is not handed out in the same way each time."""
     module, x = Written(passing_tensors), tokens_of()[0]
@@ -274,7 +276,7 @@ def test_layouts_of_architectures(architecture: str):
         assert " | ".join(" ".join(stage) for stage in found) == stages
         writers = [linear.name for linear in block.linears if linear.name in layout.residual]
         assert sorted(name.split(".")[-1] for name in writers) == sorted(residual.split())
-        with Watch(block.linears, layout.residual) as watch:
+        with Watch(block.linears, [linear for linear in block.linears if linear.name in layout.residual]) as watch:
             calls.run(block.module, index, 0, x)
         attention = [name for name in writers if "att" in name]
         for name in writers if branches > 1 else attention:
