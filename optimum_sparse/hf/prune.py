@@ -128,6 +128,7 @@ def _reconstruction(
         config.reconstruction_passes,
         config.reconstruction_samples,
         config.seed,
+        config.reconstruction_look_ahead,
         size,
         record_calls(model, [block.module for block in blocks], small).arguments,
     )

@@ -97,7 +97,11 @@ def prune_blocks(
                         for batch, hidden in enumerate(dense_hidden):
                             dense_hidden[batch] = calls.run(block.module, index, batch, hidden)
                 if dense_hidden is not None and reconstruction is not None and keeps:
-                    note = _reconstruct(block, index, calls, dense_hidden, keeps, objective, reconstruction)
+                    following = blocks[index + 1] if reconstruction.look_ahead and index + 1 < len(blocks) else None
+                    with contextlib.nullcontext() if following is None else onload(following.module):
+                        note = _reconstruct(
+                            block, index, calls, dense_hidden, keeps, objective, reconstruction, following
+                        )
                     progress.set_postfix_str(note)
                     for report in found:
                         if report.skipped is None:
@@ -232,9 +236,13 @@ def _reconstruct(
     keeps: dict[str, Tensor],
     objective: Objective,
     settings: Reconstruction,
+    following: Block | None,
 ) -> str:
     weights = None
     if objective.sensitivity is not None or any(keep is not None for keep in calls.keep):
         weights = token_weights([block], objective.sensitivity, calls)
-    before, after = reconstruct(block, index, calls, targets, keeps, weights, settings)
+    if following is not None:
+        with fast_forward(targets[0]):
+            targets = [calls.run(following.module, index + 1, batch, target) for batch, target in enumerate(targets)]
+    before, after = reconstruct(block, index, calls, targets, keeps, weights, settings, following)
     return f"block error {before:.4f} -> {after:.4f}"

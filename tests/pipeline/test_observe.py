@@ -552,3 +552,35 @@ def test_a_transposed_linear_is_watched_as_any_other():
     (found,) = collect(layout.groups, layout, block, 0, calls, Needs.GRAM, dense=(weights, [other]))
     torch.testing.assert_close(found.shift.mean, (other - x)[0].T @ x[0] / 50)
     torch.testing.assert_close(found.residual["block.conv"].mean, (other - x)[0].T @ x[0] / 50)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_parallel_branches_repair_half_of_the_stream_each_in_stages_too(staged: bool):
+    """A pass that watches one branch must not take the other one's output for the stream."""
+
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.o, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            attention = self.o(torch.tanh(x))
+            return attention + self.down(torch.sigmoid(x)) + x
+
+    module = Parallel()
+    block, x, x_d = block_of(module), tokens_of()[0], tokens_of()[1]
+    calls = calls_of([x])
+    dense = ([linear.weight.data for linear in block.linears], [x_d])
+    layout = find_layout(block, 0, calls)
+    stages = layout.stages() if staged else [layout.groups]
+    assert len(stages) == (2 if staged else 1)
+    change = (x_d - x).double().reshape(-1, WIDTH) / 2
+    for groups in stages:
+        for group, found in zip(
+            groups, collect(groups, layout, block, 0, calls, Needs.GRAM, dense=dense), strict=True
+        ):
+            (linear,) = group
+            seen = (torch.tanh(x) if linear.name.endswith("o") else torch.sigmoid(x)).double().reshape(-1, WIDTH)
+            expected = change.T @ seen / len(seen)
+            torch.testing.assert_close(found.residual[linear.name].mean.double(), expected, rtol=1e-4, atol=1e-5)
