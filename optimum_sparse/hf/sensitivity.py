@@ -18,6 +18,7 @@ from .blocks import replaced_forwards
 from .placement import execution_device
 
 
+SCALE = 256.0  # of gradients on their way back: small ones would vanish in fp16
 LOGITS = {"cuda": 2**29, "cpu": 2**27}  # numbers at a time: 2 GB, 0.5 GB, and a few copies
 
 
@@ -42,7 +43,7 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
     current = 0
 
     def record(name: str, by_row: bool, gradient: Tensor) -> None:
-        squares = gradient.detach().float().square().flatten(0, -2)
+        squares = (gradient.detach().float() / SCALE).square().flatten(0, -2)
         tokens[name][current].append(squares.sum(1))
         if by_row:
             rows[name] = rows.get(name, 0) + squares.sum(0)
@@ -99,7 +100,7 @@ def _backward(logits: Tensor, real: Tensor | None, seeds: range) -> None:
         probabilities.scatter_add_(1, labels[:, None], -torch.ones_like(labels[:, None], dtype=torch.float32))
         if real is not None:
             probabilities *= real.to(probabilities.device)[:, None]
-    logits.backward(probabilities.to(logits.dtype))  # the gradient of cross entropy is p - onehot(label)
+    logits.backward((SCALE * probabilities).to(logits.dtype))  # the gradient of cross entropy is p - onehot(label)
 
 
 def _parts(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:

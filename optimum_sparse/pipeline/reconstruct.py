@@ -175,7 +175,7 @@ def _train(
         for batch in torch.randperm(used, generator=generator).tolist():
             decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * min((step + 1) / warm_up, decay)
-            loss(batch).backward()
+            (loss(batch) * calls.hidden[batch].numel()).backward()  # a mean's gradients would vanish in fp16
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
