@@ -43,10 +43,10 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
     current = 0
 
     def record(name: str, by_row: bool, gradient: Tensor) -> None:
-        squares = (gradient.detach().float() / SCALE).square().flatten(0, -2)
-        tokens[name][current].append(squares.sum(1))
+        squares = gradient.detach().float().square().flatten(0, -2)
+        tokens[name][current].append(squares.sum(1) / SCALE**2)
         if by_row:
-            rows[name] = rows.get(name, 0) + squares.sum(0)
+            rows[name] = rows.get(name, 0) + squares.sum(0) / SCALE**2
 
     def hook(name: str, by_row: bool) -> Callable:
         def watch(module: nn.Module, args: tuple, output: Any) -> None:
