@@ -3,9 +3,12 @@
 What a layer would lose is measured by a method that prunes nothing: `prune_blocks` walks over the dense model with it.
 """
 
+import contextlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +25,8 @@ BAND = 0.2  # how far allocation="error" may go from the target
 class ErrorCurves:
     """What every matrix loses under each of several patterns: the squared output error of one SparseGPT sweep.
 
-    A method that keeps everything. Rows arrive scaled by what the likelihood feels of them, if that is known.
-
-    Attributes:
-        losses: for each matrix that was solved, in order, its loss under each pattern.
+    A method that keeps everything, and notes the losses (JSON) in the report, which knows the names. Rows arrive
+    scaled by what the likelihood feels of them, if that is known.
     """
 
     needs = Needs.GRAM
@@ -34,7 +35,6 @@ class ErrorCurves:
         self.patterns = patterns
         self.damping = damping
         self.block_size = block_size
-        self.losses: list[list[Tensor]] = []
 
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
         target = weight.masked_fill(stats.mean_square == 0, 0)
@@ -42,12 +42,11 @@ class ErrorCurves:
         losses = []
         for candidate in self.patterns:
             if isinstance(candidate, NM) and weight.shape[1] % candidate.group:
-                losses.append(torch.full_like(target[0, 0], torch.inf))  # not for this one
+                losses.append(math.inf)  # not for this one
                 continue
             error = column_sweep(target, factor, candidate, block_size=self.block_size).weight - target
-            losses.append(((error @ stats.gram) * error).sum())
-        self.losses.append(losses)
-        return Solved(weight, torch.ones_like(weight, dtype=torch.bool))
+            losses.append(((error @ stats.gram) * error).sum().item())
+        return Solved(weight, torch.ones_like(weight, dtype=torch.bool), json.dumps(losses))
 
 
 class OutlierRatios:
@@ -56,24 +55,24 @@ class OutlierRatios:
     A method that keeps everything.
 
     Attributes:
-        ratios: of every block that has matrices, in order.
+        ratios: of every block in order; 0 for one without matrices.
     """
 
     needs = Needs.DIAGONAL
 
-    def __init__(self, blocks: Sequence[Block], multiple: float = 5.0):
+    def __init__(self, multiple: float = 5.0):
         self.ratios: list[float] = []
         self._multiple = multiple
-        self._sizes = [len(block.linears) for block in blocks if block.linears]
         self._scores: list[Tensor] = []
 
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
         self._scores.append((weight.abs() * stats.mean_square.sqrt()).flatten())
-        if len(self._scores) == self._sizes[len(self.ratios)]:
-            scores = torch.cat(self._scores)
-            self.ratios.append((scores > self._multiple * scores.mean()).float().mean().item())
-            self._scores = []
         return Solved(weight, torch.ones_like(weight, dtype=torch.bool))
+
+    def end_block(self) -> None:
+        scores = torch.cat(self._scores) if self._scores else torch.zeros(1)
+        self.ratios.append((scores > self._multiple * scores.mean()).float().mean().item())
+        self._scores = []
 
 
 def owl(ratios: Sequence[float], sizes: Sequence[int], target: float, spread: float = 0.08) -> list[float]:
@@ -154,7 +153,7 @@ def upgrade(
     Args:
         losses: for each matrix, under the pattern of all, then under each pattern of `budgets` (0 if that is dense).
         sizes: weights of each matrix.
-        budgets: (pattern, share of all weights that may take it), filled one after the other.
+        budgets: (pattern, share of these weights that may take it), filled one after the other.
 
     Returns:
         matrix -> pattern.
@@ -216,54 +215,69 @@ def allocate(
         a module's full name -> sparsity, pattern or "dense".
     """
     chosen = [
-        Block(
-            block.name,
-            block.module,
-            [linear for linear in block.linears if not config.overrides(full_name(linear.name))],
-        )
+        Block(block.name, block.module, [part for part in block.linears if not config.overrides(full_name(part.name))])
         for block in blocks
     ]
-    linears = [linear for block in chosen for linear in block.linears]
-    names = [full_name(linear.name) for linear in linears]
-    sizes = [linear.weight.numel() for linear in linears]
     pattern = parse_pattern(config.pattern, config.sparsity)
     target = pattern.sparsity
-
-    def measure(method: ErrorCurves | OutlierRatios) -> None:
-        assert calls is not None
-        objective = Objective(sensitivity=sensitivity)
-        prune_blocks(chosen, calls.copy(), method, onload, objective=objective, description="Measuring layers")
-
-    def curves(patterns: Sequence[Pattern]) -> list[list[float]]:
-        method = ErrorCurves(patterns, config.damping, config.block_size)
-        measure(method)
-        felt = [1.0 if sensitivity is None else sensitivity.rows[linear.name].mean().item() for linear in linears]
-        return [[loss.item() * scale for loss in losses] for losses, scale in zip(method.losses, felt, strict=True)]
-
-    if not linears:
+    if target == 0 or not any(block.linears for block in chosen):
         return {}
-    if isinstance(config.allocation, dict):
-        return dict(zip(names, given(config.allocation, names, sizes, target), strict=True))
-    if config.denser:
-        budgets = list(config.denser.items())
-        sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
-        measured = curves([pattern, *sparse])
-        column = {name: number for number, name in enumerate((name for name, _ in budgets if name != DENSE), 1)}
-        table = [
-            [losses[0]] + [0.0 if name == DENSE else losses[column[name]] for name, _ in budgets]
-            for losses in measured
-        ]
-        return {names[matrix]: name for matrix, name in upgrade(table, sizes, budgets).items()}
-    if config.allocation == "owl":
-        method = OutlierRatios(chosen)
-        measure(method)
-        counts = [len(block.linears) for block in chosen if block.linears]
-        by_block = [sum(linear.weight.numel() for linear in block.linears) for block in chosen if block.linears]
-        sparsities = owl(method.ratios, by_block, target)
-        return dict(
-            zip(names, [s for s, count in zip(sparsities, counts, strict=True) for _ in range(count)], strict=True)
+
+    def measure(method: ErrorCurves | OutlierRatios, within: Any = onload, felt: Sensitivity | None = None) -> Any:
+        assert calls is not None
+        objective = Objective(sensitivity=felt)
+        reports = prune_blocks(
+            chosen, calls.copy(), method, within, objective=objective, description="Measuring layers"
         )
-    if config.allocation == "error" and target > 0:
+        return {report.name: report for report in reports if report.skipped is None}
+
+    def curves(patterns: Sequence[Pattern]) -> dict[str, list[float]]:
+        found = measure(ErrorCurves(patterns, config.damping, config.block_size), felt=sensitivity)
+        felt = {} if sensitivity is None else {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
+        return {name: [loss * felt.get(name, 1.0) for loss in json.loads(r.note)] for name, r in found.items()}
+
+    if config.allocation == "error" or config.denser:
+        budgets = sorted(config.denser.items(), key=lambda item: density(item[0]), reverse=True)
         grid = torch.linspace(max(target - BAND, target / 4), min(target + BAND, (3 + target) / 4), 5).tolist()
-        return dict(zip(names, share_out(grid, curves([Unstructured(s) for s in grid]), sizes, target), strict=True))
-    return {}
+        sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
+        measured = curves([pattern, *sparse] if config.denser else [Unstructured(sparsity) for sparsity in grid])
+        sizes = [linear.weight.numel() for block in chosen for linear in block.linears if linear.name in measured]
+        names = [linear.name for block in chosen for linear in block.linears if linear.name in measured]
+        losses = [measured[name] for name in names]
+        if config.denser:  # a dense matrix loses nothing, and comes first
+            padded = [loss[:1] + [0.0] * (len(budgets) - len(sparse)) + loss[1:] for loss in losses]
+            return {full_name(names[matrix]): name for matrix, name in upgrade(padded, sizes, budgets).items()}
+        return dict(zip(map(full_name, names), share_out(grid, losses, sizes, target), strict=True))
+    if config.allocation == "owl":
+        method = OutlierRatios()
+
+        @contextlib.contextmanager
+        def within(module: nn.Module) -> Iterator[None]:
+            with onload(module):
+                yield
+            method.end_block()
+
+        reached = measure(method, within)
+        used = [
+            (ratio, [linear for linear in block.linears if linear.name in reached])
+            for ratio, block in zip(method.ratios, chosen, strict=True)
+        ]
+        used = [(ratio, linears) for ratio, linears in used if linears]
+        sizes = [sum(linear.weight.numel() for linear in linears) for _, linears in used]
+        sparsities = owl([ratio for ratio, _ in used], sizes, target)
+        return {full_name(part.name): s for s, (_, parts) in zip(sparsities, used, strict=True) for part in parts}
+    linears = [linear for block in chosen for linear in block.linears]
+    names = [full_name(linear.name) for linear in linears]
+    assert isinstance(config.allocation, dict)
+    return dict(
+        zip(names, given(config.allocation, names, [part.weight.numel() for part in linears], target), strict=True)
+    )
+
+
+def density(pattern: str) -> tuple[float, int]:
+    """What patterns are sorted by: the share of weights that they keep, then the freedom to choose which."""
+    if pattern == DENSE:
+        return 1.0, 0
+    parsed = parse_pattern(pattern)
+    assert isinstance(parsed, NM)
+    return parsed.kept / parsed.group, parsed.group

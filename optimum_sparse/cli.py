@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SparsityConfig
+from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .evaluation import perplexity
 from .hf.checkpoint import export_dense, inspect, new_directory
 from .methods import METHODS
@@ -131,6 +131,10 @@ def _prune(args: argparse.Namespace) -> None:
         value = getattr(args, field.name, None)
         if value is not None:
             options[field.name] = value
+    if args.config and args.recipe:
+        raise ValueError("--config and --recipe: a stored config holds every field; give one of them.")
+    if args.config and args.method:  # a stored config says what its own method did
+        options = {name: value for name, value in options.items() if name not in SECOND_ORDER}
     options |= dict(_setting(text) for text in args.set or [])
     if args.layers:
         options["layers"] = dict(_override(text) for text in args.layers)

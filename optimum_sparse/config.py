@@ -58,7 +58,8 @@ class SparsityConfig(QuantizationConfigMixin):
             Lists and tensors are not stored: the config then records their fingerprint.
         num_samples: calibration sequences.
         sequence_length: tokens per sequence.
-        batch_size: sequences per forward pass. Does not change the result but for rounding.
+        batch_size: sequences per forward pass. Does not change the result but for rounding (and for the steps of
+            "reconstruct", if reconstruction_batch_size does not divide it).
         seed: of everything random: which documents are used, and the sampling of "self".
         damping: added to the diagonal of Gram matrices, relative to its mean.
         block_size: SparseGPT, ROSE: columns per block.
@@ -68,10 +69,11 @@ class SparsityConfig(QuantizationConfigMixin):
         residual_shift: in [0, 1]: how much layers that write to the residual stream repair of what it has lost.
         fisher: weigh tokens, and rows of unstructured layers, by what the model's likelihood feels of an error in
             them; takes one backward pass over the calibration data. These four are for second-order methods (those
-            that see Gram matrices). None: on, as True, 0.5, 0.5, True; off for a method object of your own.
+            that see Gram matrices). None: on, as True, 0.5, 0.5, True; off for a method object of your own, and for
+            the masks of magnitude and Wanda under "pcg". allocation="error" and denser use it whatever `fisher` says.
         refine: what to do when the masks are chosen. "pcg": solve for the kept weights of each layer again, together;
-            after any method. "reconstruct": that, and then train the kept weights of each block, one block at a time,
-            towards the dense block's output.
+            after any method. "reconstruct": that, and then train the kept weights of each block, and its norms and
+            biases, one block at a time, towards the dense block's output.
         reconstruction_learning_rate: relative to the root mean square of each matrix.
         reconstruction_passes: over the calibration data.
         reconstruction_batch_size: sequences per step.
@@ -80,8 +82,9 @@ class SparsityConfig(QuantizationConfigMixin):
         allocation: how unstructured sparsity is shared out: "uniform"; "owl", by outliers of a block's scores;
             "error", by measured loss of every matrix at several sparsities; or {name: sparsity}, with the rest shared
             out evenly. The whole always has `sparsity`. Layers named in `layers` take no part.
-        denser: for N:M: {"4:8": 0.2, "dense": 0.05}: patterns for those layers that lose most without them, and the
-            share of all weights that may take each.
+        denser: for N:M: {"4:8": 0.2, "dense": 0.05}: patterns for those layers that lose most without them, densest
+            first, and the share that may take each, of the weights of all layers that `layers` does not name.
+        allocated: what the last two chose, by full name; written by pruning, and written anew by the next.
         targets: names; only linear layers of decoder blocks that match one are pruned. None: all of them.
         ignore: names; linear layers that match one stay dense, whatever else matches. Embeddings, norms and lm_head
             are outside the decoder blocks and always stay dense; naming them here is allowed.
@@ -115,6 +118,7 @@ class SparsityConfig(QuantizationConfigMixin):
     reconstruction_look_ahead: bool = False
     allocation: str | dict[str, float] = "uniform"
     denser: dict[str, float] = field(default_factory=dict)
+    allocated: dict[str, str | float] = field(default_factory=dict)
     targets: list[str] | None = None
     ignore: list[str] = field(default_factory=list)
     layers: dict[str, str | float] = field(default_factory=dict)
@@ -137,6 +141,8 @@ class SparsityConfig(QuantizationConfigMixin):
         if self.reconstruction_samples is not None:
             _integer("reconstruction_samples", self.reconstruction_samples, 1)
         _integer("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed}: must be below 2**63.")
         _number("damping", self.damping, 0, 1e3, "0.01")
         _number("rose_threshold", self.rose_threshold, 0, 1, "0.5")
         _number("reconstruction_learning_rate", self.reconstruction_learning_rate, 0, 1, "0.01")
@@ -155,16 +161,17 @@ class SparsityConfig(QuantizationConfigMixin):
             raise ValueError(f"block_name={self.block_name!r}: must be a module name such as 'model.layers', or None.")
         for name in ("targets", "ignore"):
             _names(name, getattr(self, name), optional=name == "targets")
-        if not isinstance(self.layers, dict):
-            raise ValueError(
-                f"layers={self.layers!r}: must be a dict such as {{'down_proj': '4:8', 'model.layers.0': 'dense'}}."
-            )
-        _names("layers", list(self.layers), optional=False)
-        for name, value in self.layers.items():
-            try:
-                _parse_override(value)
-            except ValueError as error:
-                raise ValueError(f"layers[{name!r}]: {error}") from error
+        for field_name in ("layers", "allocated"):
+            overrides = getattr(self, field_name)
+            if not isinstance(overrides, dict):
+                example = {"down_proj": "4:8", "model.layers.0": "dense"}
+                raise ValueError(f"{field_name}={overrides!r}: must be a dict such as {example}.")
+            _names(field_name, list(overrides), optional=False)
+            for name, value in overrides.items():
+                try:
+                    _parse_override(value)
+                except ValueError as error:
+                    raise ValueError(f"{field_name}[{name!r}]: {error}") from error
         _check_dataset(self.dataset)
 
     @classmethod
@@ -247,6 +254,10 @@ class SparsityConfig(QuantizationConfigMixin):
             _number(f"denser[{name!r}]", share, 0, 1, "0.1")
         if self.denser and not isinstance(pattern, NM):
             raise ValueError(f"denser={self.denser!r}: for N:M patterns; allocation='error' is for unstructured.")
+        for name in self.denser:
+            other = None if name == DENSE else parse_pattern(name)
+            if isinstance(other, NM) and isinstance(pattern, NM) and other.sparsity > pattern.sparsity:
+                raise ValueError(f"denser[{name!r}]: keeps less than pattern {pattern}.")
 
     def _check_second_order(self) -> None:
         """A built-in method that sees no Gram matrix cannot do what was asked for explicitly."""
@@ -275,6 +286,9 @@ class SparsityConfig(QuantizationConfigMixin):
             )
         if found:
             return next(pattern for pattern in found.values() if pattern is not None)
+        if name in self.allocated:
+            pattern = _parse_override(self.allocated[name])
+            return "left dense by denser" if pattern is None else pattern
         return parse_pattern(self.pattern, self.sparsity)
 
 

@@ -20,6 +20,8 @@ class LayerReport:
             sees no data. What is wanted is the dense weights' output, shifted as the config says.
         seconds: for solving this layer, statistics not included.
         note: what the method says of it: that ROSE reordered its columns, say.
+        block_error: of the whole block, before and after reconstruction: mean |output - target|^2 relative to the mean
+            change that the dense block makes, tokens weighed. `error` is from before it.
         skipped: why it stayed dense.
     """
 
@@ -30,6 +32,7 @@ class LayerReport:
     error: float | None = None
     seconds: float = 0.0
     note: str = ""
+    block_error: list[float] | None = None
     skipped: str | None = None
 
 
@@ -99,7 +102,11 @@ class PruningReport:
         for reason, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"left dense, {reason}: {', '.join(names[:3])}{more}")
-        remarks = Counter(part for layer in self.pruned for part in layer.note.split("; "))
-        lines += [f"{remark}: {count} layers" for remark, count in remarks.items() if remark.isalpha()]
+        remarks = Counter(layer.note for layer in self.pruned if layer.note)
+        lines += [f"{remark}: {count} layers" for remark, count in remarks.most_common(4)]
+        trained = [layer.block_error for layer in self.pruned if layer.block_error is not None]
+        if trained:
+            before, after = (sum(column) / len(trained) for column in zip(*trained, strict=True))
+            lines.append(f"reconstruction: mean error of a block {before:.4f} -> {after:.4f}")
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         return "\n".join(lines + ([f"{self.method}: {phases}"] if phases else []))

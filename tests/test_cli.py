@@ -65,9 +65,9 @@ def test_a_recipe_and_any_other_field(tiny_llama, text, tmp_path):
     expected = dict(method="admm", refine="reconstruct", damping=0.02, input_shift=0.25, staged=False, fisher=True)
     expected |= dict(residual_shift=0.5, reconstruction_passes=1, denser={"dense": 0.1}, block_name="model.layers")
     assert {name: stored[name] for name in expected} == expected
-    assert set(stored["layers"].values()) == {"dense"}
+    assert set(stored["allocated"].values()) == {"dense"}
     layers = json.loads((tmp_path / "out" / "sparsity_report.json").read_text())["layers"]
-    assert all("block error" in layer["note"] for layer in layers if not layer["skipped"])
+    assert all(layer["block_error"][1] <= layer["block_error"][0] for layer in layers if not layer["skipped"])
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -76,7 +76,7 @@ def test_allocation_of_unstructured_sparsity(tiny_llama, text, tmp_path):
     assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (stored["allocation"], stored["method"], stored["input_shift"]) == ("owl", "sparsegpt", 0)
-    assert len(set(stored["layers"].values())) == 2
+    assert len(set(stored["allocated"].values())) == 2
 
 
 def test_options_are_checked_together_with_the_recipe(tiny_llama, text, tmp_path):

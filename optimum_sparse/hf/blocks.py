@@ -237,7 +237,18 @@ def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: l
             keep.append(None if mask is None or bool(mask.all()) else mask.bool())
     if len(hidden) != len(batches) or any(len(seen) != len(batches) for seen in arguments):
         raise ValueError(problem)
-    return Calls(hidden, arguments, keep)
+    holders = Counter(
+        id(value)
+        for of_block in arguments
+        for value in (*of_block[0][0], *of_block[0][1].values())
+        if _is_mutable(value)
+    )
+    return Calls(hidden, arguments, keep, share_state=any(count > 1 for count in holders.values()))
+
+
+def _is_mutable(value: Any) -> bool:
+    """Whether blocks could leave something in it for one another."""
+    return isinstance(value, dict | list) or (hasattr(value, "__dict__") and not isinstance(value, Tensor | type))
 
 
 @contextlib.contextmanager

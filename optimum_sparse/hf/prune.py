@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,15 +47,19 @@ def prune_model(
     # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
     data = config.dataset if dataset is None else dataset
     described = describe_dataset(data)
-    own = method is not None  # an object of the caller's: it gets what it asks for, and nothing else by default
+    if method is not None:
+        _check_method(method)
+    # An object of the caller's gets what it asks for, and nothing else by default; so do masks that are polished.
+    second_order = method is None and config.build_method().needs is Needs.GRAM
     method = method or config.build_method()
     name = type(method).__name__
     if config.refine is not None:
         method = Polished(method, config.damping)
-    if config.fisher is None and model.get_output_embeddings() is None:
-        config = copy.copy(config)
-        config.fisher = False  # a base model has no likelihood
-    config = config.resolved(second_order=method.needs is Needs.GRAM and not own)
+    asked, config = config, config.resolved(second_order=second_order)
+    config.allocated = {}
+    has_likelihood = model.get_output_embeddings() is not None  # a base model has none
+    if asked.fisher is None and not has_likelihood:
+        config.fisher = False
     plan = make_plan(model, config)
     report = PruningReport(method=name)
 
@@ -72,14 +77,14 @@ def prune_model(
             with phase("calibration data"):
                 batches = _batches(model, config, data, tokenizer)
                 calls = record_calls(model, [block.module for block in plan.blocks], batches)
-            if config.fisher or config.allocation == "error" or config.denser:
+            _check_calls(calls, asked, config)
+            if config.fisher or ((config.allocation == "error" or config.denser) and has_likelihood):
                 with phase("sensitivity"):
                     sensitivity = fisher(model, plan.blocks, batches, config.seed)
         if config.allocation != "uniform" or config.denser:
             with phase("allocation"):
                 chosen = allocate(config, plan.blocks, calls, sensitivity, onload, full_name(model))
-            config = copy.copy(config)
-            config.layers = config.layers | chosen
+            config.allocated = chosen
             plan = make_plan(model, config)
         with phase("pruning"):
             layers = prune_blocks(
@@ -88,11 +93,11 @@ def prune_model(
                 method,
                 onload,
                 objective=Objective(
-                    bool(config.staged),
-                    config.input_shift or 0.0,
-                    config.residual_shift or 0.0,
-                    config.damping,
-                    sensitivity if config.fisher else None,
+                    staged=bool(config.staged),
+                    input_shift=config.input_shift or 0.0,
+                    residual_shift=config.residual_shift or 0.0,
+                    damping=config.damping,
+                    sensitivity=sensitivity if config.fisher else None,
                 ),
                 reconstruction=_reconstruction(model, config, plan.blocks, batches) if config.refine else None,
             )
@@ -124,13 +129,13 @@ def _reconstruction(
         for parts in zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
     ]
     return Reconstruction(
-        config.reconstruction_learning_rate,
-        config.reconstruction_passes,
-        config.reconstruction_samples,
-        config.seed,
-        config.reconstruction_look_ahead,
-        size,
-        record_calls(model, [block.module for block in blocks], small).arguments,
+        learning_rate=config.reconstruction_learning_rate,
+        passes=config.reconstruction_passes,
+        samples=config.reconstruction_samples,
+        seed=config.seed,
+        look_ahead=config.reconstruction_look_ahead,
+        batch_size=size,
+        arguments=record_calls(model, [block.module for block in blocks], small).arguments,
     )
 
 
@@ -202,6 +207,37 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
                 ).cpu()
             )
     return torch.cat(written)
+
+
+def _check_method(method: Any) -> None:
+    if isinstance(method, type) or not callable(getattr(method, "solve", None)):
+        raise TypeError(
+            f"method={method!r}: must be an object with `needs` and `solve`; a built-in one is named in the config, "
+            "SparsityConfig(method='wanda')."
+        )
+    if not isinstance(getattr(method, "needs", None), Needs):
+        raise TypeError(f"{type(method).__name__}.needs must be a member of optimum_sparse.core.Needs.")
+
+
+def _check_calls(calls: Calls, asked: SparsityConfig, config: SparsityConfig) -> None:
+    """Refuse, or turn off what was not asked for, where the blocks cannot be followed on two paths."""
+    if config.refine == "reconstruct" and calls.hidden[0].dim() != 3:
+        raise ValueError(
+            f"this model's blocks work on {calls.hidden[0].dim()}-dimensional hidden states, and are not trained: use "
+            "refine='pcg'."
+        )
+    if not calls.share_state or not (config.input_shift or config.residual_shift or config.refine == "reconstruct"):
+        return
+    if asked.input_shift or asked.residual_shift or config.refine == "reconstruct":
+        raise ValueError(
+            "this model's blocks hand state to one another (shared keys and values, say), so that they cannot be "
+            "followed on the dense and the pruned path at once: set input_shift=0, residual_shift=0, and refine=None "
+            "or 'pcg'."
+        )
+    warnings.warn(
+        "this model's blocks hand state to one another, so input_shift and residual_shift are off.", stacklevel=2
+    )
+    config.input_shift = config.residual_shift = 0.0
 
 
 def _check(model: PreTrainedModel) -> None:

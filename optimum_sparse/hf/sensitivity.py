@@ -25,8 +25,12 @@ LOGITS = {"cuda": 2**29, "cpu": 2**27}  # numbers at a time: 2 GB, 0.5 GB, and a
 def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, Tensor]], seed: int) -> Sensitivity:
     """Squared gradients of the dense model's own log-likelihood (Fisher information), by linear and by block.
 
-    Labels are sampled from the model, as the definition wants it; blocks are recomputed in the backward pass, so that
-    it needs the memory of one block.
+    Labels are sampled from the model, as the definition wants it. Blocks are recomputed in the backward pass, which so
+    holds the inputs of all blocks and the activations of one, for a few sequences at a time; the result is one number
+    per token for every linear and block.
+
+    Raises:
+        ValueError: a model without a head; logits or gradients that are not finite.
 
     Args:
         batches: what the model is called with; `tokens` of the result follows them.
@@ -72,12 +76,23 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
                 mask = part["attention_mask"].bool() if "attention_mask" in part else None
                 real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
                 count = len(part["input_ids"])
+                if not torch.isfinite(logits).all():
+                    raise ValueError(
+                        f"the logits hold NaN or infinity: the model does not run in its dtype ({model.dtype}) on "
+                        "this data. Load it in bfloat16 or float32."
+                    )
                 _backward(logits, real, range(seed + sequence, seed + sequence + count))
                 sequence += count
     if not tokens:
         raise ValueError(f"no gradient reached the blocks of {type(model).__name__}: set fisher=False.")
     total = sum(batch["input_ids"].numel() for batch in batches)
     names = [part.name for block in blocks for part in (block, *block.linears)]
+    for name in names:
+        if not all(torch.isfinite(part).all() for parts in tokens[name] for part in parts):
+            raise ValueError(
+                f"gradients at {name} leave the range of {model.dtype}: load the model in bfloat16 or float32, or set "
+                "fisher=False."
+            )
     nothing = torch.zeros(0, device=device)  # for experts that no token reached
     return Sensitivity(
         {name: [torch.cat(parts) if parts else nothing for parts in tokens[name]] for name in names},
@@ -129,13 +144,13 @@ def _recomputed(blocks: list[Block]) -> Callable[[int], Callable]:
 @contextlib.contextmanager
 def _only_activations(model: PreTrainedModel) -> Iterator[None]:
     """Gradients reach activations from the embedding on, and no parameter."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(False)
         yield
     finally:
         hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for name in trained:  # by name: offloading replaces parameters
+            model.get_parameter(name).requires_grad_(True)

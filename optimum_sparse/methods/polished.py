@@ -21,6 +21,6 @@ class Polished:
     needs = Needs.GRAM
 
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
-        solved = self.method.solve(weight, stats, pattern)
+        solved = self.method.solve(weight, stats if self.method.needs > Needs.NOTHING else None, pattern)
         better = polish(solved.weight, solved.keep, weight, stats.gram, self.damping, self.iterations)
         return solved._replace(weight=better)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import Needs, NotPositiveDefinite, Solved
+from ..core import Needs, NotPositiveDefinite, Solved, violation
 from ..kernels.precision import fast_forward
 from ..methods import Method
 from ..report import LayerReport
@@ -99,13 +99,13 @@ def prune_blocks(
                 if dense_hidden is not None and reconstruction is not None and keeps:
                     following = blocks[index + 1] if reconstruction.look_ahead and index + 1 < len(blocks) else None
                     with contextlib.nullcontext() if following is None else onload(following.module):
-                        note = _reconstruct(
+                        losses = _reconstruct(
                             block, index, calls, dense_hidden, keeps, objective, reconstruction, following
                         )
-                    progress.set_postfix_str(note)
+                    progress.set_postfix_str("block error {:.4f} -> {:.4f}".format(*losses))
                     for report in found:
                         if report.skipped is None:
-                            report.note = "; ".join(filter(None, [report.note, note]))
+                            report.block_error = list(losses)
                 if index + 1 < len(blocks):
                     with fast_forward(calls.hidden[0]):
                         for batch in range(len(calls.hidden)):
@@ -187,6 +187,9 @@ def _prune_linear(
         solved = _solve(target, linear, stats, method, objective)
     except NotPositiveDefinite as error:
         raise NotPositiveDefinite(f"{linear.name}: {error}") from error
+    problem = violation(solved.weight, linear.pattern)
+    if problem is not None and not solved.keep.all():
+        raise ValueError(f"{type(method).__name__} did not keep to {linear.pattern} in {linear.name}: {problem}.")
     if not solved.keep.all():  # a layer that keeps everything stays as it is, to the bit
         linear.write(solved.weight)
     report.pattern = str(linear.pattern)
@@ -237,12 +240,11 @@ def _reconstruct(
     objective: Objective,
     settings: Reconstruction,
     following: Block | None,
-) -> str:
+) -> tuple[float, float]:
     weights = None
     if objective.sensitivity is not None or any(keep is not None for keep in calls.keep):
         weights = token_weights([block], objective.sensitivity, calls)
     if following is not None:
         with fast_forward(targets[0]):
             targets = [calls.run(following.module, index + 1, batch, target) for batch, target in enumerate(targets)]
-    before, after = reconstruct(block, index, calls, targets, keeps, weights, settings, following)
-    return f"block error {before:.4f} -> {after:.4f}"
+    return reconstruct(block, index, calls, targets, keeps, weights, settings, following)

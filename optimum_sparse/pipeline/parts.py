@@ -67,11 +67,13 @@ class Calls:
         hidden: for each batch the input [batch, tokens, hidden] of the next block to run.
         arguments: [block][batch] -> (further positional arguments, keyword arguments) of that block.
         keep: for each batch the bool [batch, tokens] of tokens that are not padding, or None if all are real.
+        share_state: blocks get the same mutable object (keys and values of other blocks, say).
     """
 
     hidden: list[Tensor]
     arguments: list[list[tuple[tuple, dict[str, Any]]]]
     keep: list[Tensor | None] = field(default_factory=list)
+    share_state: bool = False
 
     def run(self, block: Callable, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """The output of block number `index` on one batch, or on other inputs in place of the batch's own."""
@@ -81,7 +83,7 @@ class Calls:
 
     def copy(self) -> "Calls":
         """For another run from the same inputs: `prune_blocks` uses its calls up."""
-        return Calls(list(self.hidden), list(self.arguments), self.keep)
+        return Calls(list(self.hidden), list(self.arguments), self.keep, self.share_state)
 
     def real_tokens(self, x: Tensor, batch: int, name: str) -> Tensor:
         """x [..., n] of one batch as [tokens, n], without padding."""

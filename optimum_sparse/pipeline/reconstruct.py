@@ -56,7 +56,7 @@ def reconstruct(
 
     Args:
         targets: for each batch the dense block's output [batch, tokens, hidden]; with `following`, that block's.
-        keeps: by the linear's name, bool [out, in]. Linears that are not in it stay as they are.
+        keeps: by the linear's name, bool [out, in]. Linears that are not in it, or keep everything, stay as they are.
         token_weight: for each batch fp32 [batch * tokens]; 0 for padding.
         following: the next block, dense: `targets` are its outputs, and gradients go through it.
 
@@ -66,6 +66,8 @@ def reconstruct(
     Raises:
         ValueError: the loss is not finite.
     """
+    if all(keep.all() for keep in keeps.values()):
+        return 0.0, 0.0
     calls, targets, token_weight = _in_small_batches(calls, targets, token_weight, index, settings)
     parameters = dict(block.module.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -73,13 +75,18 @@ def reconstruct(
     # A trained parameter is p * gain: p starts near 1, so that one learning rate suits all; gain is 0 where weights
     # were removed. Norms and biases move a third as fast: they are few, and each touches everything.
     gains: dict[str, Tensor] = {}
+    still: set[int] = set()  # what belongs to linears that are not pruned
+    for module in block.module.modules():
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            still |= {id(parameter) for parameter in module.parameters(recurse=False)}
     for linear in block.linears:
-        if linear.name in keeps:
+        if linear.name in keeps and not keeps[linear.name].all():
+            still -= {id(parameter) for parameter in linear.module.parameters()}
             keep = keeps[linear.name].T if linear.transposed else keeps[linear.name]
             weight = frozen[names[id(linear.weight)]].float()
             gains[names[id(linear.weight)]] = keep * (weight.square().sum() / keep.sum().clamp(min=1)).sqrt()
     for name, parameter in frozen.items():
-        if parameter.dim() == 1 and parameter.is_floating_point():
+        if parameter.dim() == 1 and parameter.is_floating_point() and id(parameters[name]) not in still:
             gains[name] = 0.3 * parameter.float().square().mean().sqrt()
     trained = {
         name: torch.where(gain != 0, frozen[name].float() / gain, 0).requires_grad_() for name, gain in gains.items()
