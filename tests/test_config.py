@@ -30,8 +30,16 @@ patterns = st.one_of(
 shares = st.floats(0, 1)
 
 
+def density(name: str) -> float:
+    kept, group = map(int, name.split(":"))
+    return kept / group
+
+
 def build(pattern: tuple, allocation, denser: dict, **rest) -> SparsityConfig:
-    given = {"allocation": allocation} if pattern[0] == "unstructured" else {"denser": denser}
+    given = {"allocation": allocation}
+    if pattern[0] != "unstructured":
+        kept, group = map(int, pattern[0].split(":"))
+        given = {"denser": {name: s for name, s in denser.items() if name == "dense" or kept / group <= density(name)}}
     if rest["refine"] is None and rest["method"] in ("magnitude", "wanda"):
         rest |= dict(staged=None, input_shift=0.0, residual_shift=None, fisher=False)
     return SparsityConfig(pattern=pattern[0], sparsity=pattern[1], **given, **rest)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 
 import pytest
 import torch
@@ -459,3 +460,89 @@ def test_a_failure_while_pruning_leaves_nothing(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="token ids go from"):
         pruner.prune_to_disk(make_config("wanda", dataset=torch.full((6, 24), 900)), tmp_path / "output")
     assert not list(tmp_path.iterdir())
+
+
+# ---- what cannot be done is refused, or turned off and said
+
+
+class Cheats:
+    """Says that it pruned."""
+
+    needs = Needs.NOTHING
+
+    def solve(self, weight, stats, pattern) -> Solved:
+        return Solved(weight, keep_mask(weight.abs(), pattern))
+
+
+def test_a_method_that_breaks_the_pattern_is_named_before_it_is_written():
+    model = make_model("llama")
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"Cheats did not keep to 2:4 in model\.layers\.0\.self_attn\.q_proj"):
+        Pruner.from_pretrained(model).prune(make_config("magnitude"), method=Cheats())
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("method", ["wanda", Cheats, object(), type("NoNeeds", (), {"solve": print})()])
+def test_what_is_no_method_is_refused(method):
+    with pytest.raises(TypeError, match="needs"):
+        Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude"), method=method)
+
+
+def test_a_method_without_needs_gets_no_statistics_when_it_is_polished():
+    method = SmallestInput(Needs.NOTHING)
+    pruner = Pruner.from_pretrained(make_model("llama"))
+    pruner.prune(make_config("magnitude", refine="pcg"), method=method)
+    assert all(stats is None for _, stats, _ in method.seen)
+    assert all(layer.error is not None for layer in pruner.report.pruned)
+
+
+def sharing_model():
+    """All its blocks get one object that they could write to, as those of models that share keys and values do."""
+    model = make_model("llama")
+    forwards = [layer.forward for layer in model.model.layers]
+
+    def passing(forward):
+        def wrapped(hidden_states, *args, shared=None, **kwargs):
+            return forward(hidden_states, *args, **kwargs)
+
+        return wrapped
+
+    for layer, forward in zip(model.model.layers, forwards, strict=True):
+        layer.forward = passing(forward)
+    inner = model.model.forward
+
+    def outer(*args, **kwargs):
+        return inner(*args, shared=types.SimpleNamespace(), **kwargs)
+
+    model.model.forward = outer
+    return model
+
+
+def test_blocks_that_hand_state_to_one_another_are_not_followed_on_two_paths():
+    with pytest.warns(UserWarning, match="input_shift and residual_shift are off"):
+        model = Pruner.from_pretrained(sharing_model()).prune(make_config("sparsegpt"))
+    config = model.hf_quantizer.quantization_config
+    assert (config.staged, config.input_shift, config.residual_shift) == (True, 0, 0)
+    for changes in ({"input_shift": 0.5}, {"refine": "reconstruct"}):
+        with pytest.raises(ValueError, match="blocks hand state to one another"):
+            Pruner.from_pretrained(sharing_model()).prune(make_config("sparsegpt", **changes))
+
+
+def test_reconstruction_leaves_alone_what_is_not_pruned():
+    """Its weights and its bias; norms are trained."""
+    model = make_model("llama-tied")
+    before = weights_of(model)
+    config = make_config(
+        "sparsegpt",
+        refine="reconstruct",
+        reconstruction_passes=1,
+        ignore=["q_proj"],
+        layers={"model.layers.0.self_attn.k_proj": 0.0},
+    )
+    Pruner.from_pretrained(model).prune(config)
+    after = weights_of(model)
+    still = [name for name in before if "q_proj" in name or "layers.0.self_attn.k_proj" in name]
+    assert len(still) == 6
+    assert all(torch.equal(after[name], before[name]) for name in still)
+    moved = ["model.layers.0.self_attn.v_proj.bias", "model.layers.1.post_attention_layernorm.weight"]
+    assert not any(torch.equal(after[name], before[name]) for name in moved)

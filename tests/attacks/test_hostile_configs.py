@@ -72,6 +72,9 @@ CASES = [
     *(("denser", value) for value in [None, [], "dense", 0.1, True, ["dense"]]),
     *(("denser", {"dense": value}) for value in [*WRONG_SHARES, None]),
     ("denser", {"unstructured": 0.1}),
+    ("denser", {"1:4": 0.1}),  # keeps less than 2:4
+    ("seed", 2**63),
+    ("allocated", {"q_proj": "sparse"}),
     *(("denser", {name: 0.1}) for name in ("", "2", "5:4", "0:4", "4:4", "Dense", None, 3, "1:99999")),
     *(("run_compressed", value) for value in [None, 0, 1, "True", []]),
     *(("block_name", value) for value in [0, True, ["model.layers"], {}]),

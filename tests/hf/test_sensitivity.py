@@ -225,3 +225,16 @@ def test_names_are_those_of_blocks_and_linears():
 def test_a_model_without_a_head_is_pruned_by_default_as_before():
     """Or refused in words: it has no likelihood."""
     Pruner(make_model("llama").model).prune(make_config("sparsegpt"))
+
+
+def test_offloaded_parameters_require_gradients_again():
+    model = cpu_offload(make_model("llama"), execution_device="cpu")
+    Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    model = make_model("llama")
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
+        Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
