@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from .pipeline import Block, Calls, Objective, Sensitivity, prune_blocks
 
 
 LOWEST, HIGHEST = 0.0, 0.99  # sparsity of a matrix
+Onload = Callable[[nn.Module], AbstractContextManager]
 BAND = 0.2  # how far allocation="error" may go from the target
 
 
@@ -86,7 +86,7 @@ def owl(ratios: Sequence[float], sizes: Sequence[int], target: float, spread: fl
     return meet_target((1 - target - r.mean() + r).mul(-1).add(1).tolist(), sizes, target)
 
 
-def share_out(
+def minimize_loss(
     grid: Sequence[float], losses: Sequence[Sequence[float]], sizes: Sequence[int], target: float
 ) -> list[float]:
     """The sparsities that lose least in sum: one multiplier, the price of a weight, for all matrices.
@@ -145,7 +145,7 @@ def meet_target(
     return (wanted + high).clamp(lowest, highest).tolist()
 
 
-def upgrade(
+def choose_denser(
     losses: Sequence[Sequence[float]], sizes: Sequence[int], budgets: Sequence[tuple[str, float]]
 ) -> dict[int, str]:
     """Which matrices take a denser pattern: those that lose most per weight without it.
@@ -169,7 +169,7 @@ def upgrade(
     return chosen
 
 
-def given(rules: Mapping[str, float], names: Sequence[str], sizes: Sequence[int], target: float) -> list[float]:
+def by_name(rules: Mapping[str, float], names: Sequence[str], sizes: Sequence[int], target: float) -> list[float]:
     """Sparsities by name, and one for all other matrices so that the target is met.
 
     Raises:
@@ -199,7 +199,7 @@ def allocate(
     blocks: Sequence[Block],
     calls: Calls | None,
     sensitivity: Sensitivity | None,
-    onload: Callable[[nn.Module], AbstractContextManager],
+    onload: Onload,
     full_name: Callable[[str], str],
 ) -> dict[str, str | float]:
     """The sparsity or pattern of every matrix to which config.allocation or config.denser gives one of its own.
@@ -218,60 +218,68 @@ def allocate(
         Block(block.name, block.module, [part for part in block.linears if not config.overrides(full_name(part.name))])
         for block in blocks
     ]
+    target = parse_pattern(config.pattern, config.sparsity).sparsity
+    sizes = {linear.name: linear.weight.numel() for block in chosen for linear in block.linears}
+    if target == 0 or not sizes:
+        return {}
+    if isinstance(config.allocation, dict):
+        names = [full_name(name) for name in sizes]
+        return dict(zip(names, by_name(config.allocation, names, [*sizes.values()], target), strict=True))
+    assert calls is not None
+    if config.allocation == "owl":
+        found = _by_outliers(chosen, calls, onload, sizes, target)
+    else:
+        found = _by_error(config, chosen, calls, sensitivity, onload, sizes)
+    return {full_name(name): value for name, value in found.items()}
+
+
+def _by_outliers(
+    blocks: list[Block], calls: Calls, onload: Onload, sizes: dict[str, int], target: float
+) -> dict[str, str | float]:
+    method = OutlierRatios()
+
+    @contextlib.contextmanager
+    def counted(module: nn.Module) -> Iterator[None]:
+        with onload(module):
+            yield
+        method.end_block()
+
+    reports = prune_blocks(blocks, calls.copy(), method, counted, description="Measuring layers")
+    reached = {report.name for report in reports if report.skipped is None}
+    names = [[linear.name for linear in block.linears if linear.name in reached] for block in blocks]
+    used = [(ratio, of_block) for ratio, of_block in zip(method.ratios, names, strict=True) if of_block]
+    sparsities = owl([ratio for ratio, _ in used], [sum(sizes[name] for name in part) for _, part in used], target)
+    return {name: sparsity for sparsity, (_, part) in zip(sparsities, used, strict=True) for name in part}
+
+
+def _by_error(
+    config: SparsityConfig,
+    blocks: list[Block],
+    calls: Calls,
+    sensitivity: Sensitivity | None,
+    onload: Onload,
+    sizes: dict[str, int],
+) -> dict[str, str | float]:
     pattern = parse_pattern(config.pattern, config.sparsity)
     target = pattern.sparsity
-    if target == 0 or not any(block.linears for block in chosen):
-        return {}
-
-    def measure(method: ErrorCurves | OutlierRatios, within: Any = onload, felt: Sensitivity | None = None) -> Any:
-        assert calls is not None
-        objective = Objective(sensitivity=felt)
-        reports = prune_blocks(
-            chosen, calls.copy(), method, within, objective=objective, description="Measuring layers"
-        )
-        return {report.name: report for report in reports if report.skipped is None}
-
-    def curves(patterns: Sequence[Pattern]) -> dict[str, list[float]]:
-        found = measure(ErrorCurves(patterns, config.damping, config.block_size), felt=sensitivity)
-        felt = {} if sensitivity is None else {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
-        return {name: [loss * felt.get(name, 1.0) for loss in json.loads(r.note)] for name, r in found.items()}
-
-    if config.allocation == "error" or config.denser:
-        budgets = sorted(config.denser.items(), key=lambda item: density(item[0]), reverse=True)
-        grid = torch.linspace(max(target - BAND, target / 4), min(target + BAND, (3 + target) / 4), 5).tolist()
-        sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
-        measured = curves([pattern, *sparse] if config.denser else [Unstructured(sparsity) for sparsity in grid])
-        sizes = [linear.weight.numel() for block in chosen for linear in block.linears if linear.name in measured]
-        names = [linear.name for block in chosen for linear in block.linears if linear.name in measured]
-        losses = [measured[name] for name in names]
-        if config.denser:  # a dense matrix loses nothing, and comes first
-            padded = [loss[:1] + [0.0] * (len(budgets) - len(sparse)) + loss[1:] for loss in losses]
-            return {full_name(names[matrix]): name for matrix, name in upgrade(padded, sizes, budgets).items()}
-        return dict(zip(map(full_name, names), share_out(grid, losses, sizes, target), strict=True))
-    if config.allocation == "owl":
-        method = OutlierRatios()
-
-        @contextlib.contextmanager
-        def within(module: nn.Module) -> Iterator[None]:
-            with onload(module):
-                yield
-            method.end_block()
-
-        reached = measure(method, within)
-        used = [
-            (ratio, [linear for linear in block.linears if linear.name in reached])
-            for ratio, block in zip(method.ratios, chosen, strict=True)
-        ]
-        used = [(ratio, linears) for ratio, linears in used if linears]
-        sizes = [sum(linear.weight.numel() for linear in linears) for _, linears in used]
-        sparsities = owl([ratio for ratio, _ in used], sizes, target)
-        return {full_name(part.name): s for s, (_, parts) in zip(sparsities, used, strict=True) for part in parts}
-    linears = [linear for block in chosen for linear in block.linears]
-    names = [full_name(linear.name) for linear in linears]
-    assert isinstance(config.allocation, dict)
-    return dict(
-        zip(names, given(config.allocation, names, [part.weight.numel() for part in linears], target), strict=True)
-    )
+    budgets = sorted(config.denser.items(), key=lambda item: density(item[0]), reverse=True)
+    sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
+    grid = torch.linspace(max(target - BAND, target / 4), min(target + BAND, (3 + target) / 4), 5).tolist()
+    candidates = [pattern, *sparse] if budgets else [Unstructured(sparsity) for sparsity in grid]
+    method = ErrorCurves(candidates, config.damping, config.block_size)
+    objective = Objective(sensitivity=sensitivity)
+    reports = prune_blocks(blocks, calls.copy(), method, onload, objective=objective, description="Measuring layers")
+    losses = {report.name: json.loads(report.note) for report in reports if report.skipped is None}
+    if sensitivity is not None:  # rows came scaled to a mean of 1 within each matrix
+        scale = {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
+        losses = {name: [loss * scale.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
+    weights = [sizes[name] for name in losses]
+    if not budgets:
+        return dict(zip(losses, minimize_loss(grid, [*losses.values()], weights, target), strict=True))
+    nothing = [0.0] * (len(budgets) - len(sparse))  # what a dense matrix, which comes first, loses
+    padded = [loss[:1] + nothing + loss[1:] for loss in losses.values()]
+    names = list(losses)
+    return {names[matrix]: name for matrix, name in choose_denser(padded, weights, budgets).items()}
 
 
 def density(pattern: str) -> tuple[float, int]:

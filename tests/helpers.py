@@ -1,5 +1,9 @@
 """What tests of several rooms share: inputs as real layers have them, and the one error that counts."""
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -34,3 +38,14 @@ def output_error(weight: Tensor, pruned: Tensor, x: Tensor) -> float:
     """|x (pruned - weight)^T|^2 / |x weight^T|^2 in float64, from the outputs themselves."""
     weight, pruned, x = weight.double(), pruned.double(), x.double()
     return ((x @ (pruned - weight).T).square().sum() / (x @ weight.T).square().sum()).item()
+
+
+def load_example(name: str) -> ModuleType:
+    """examples/<name>.py as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -108,3 +108,14 @@ def felt_by(blocks: list[Block], batches: list[Tensor], seed: int = 0) -> Sensit
             for place, linear in enumerate(linear for block in blocks for linear in block.linears)
         },
     )
+
+
+class Conv1D(nn.Module):
+    """A linear with its weight [in, out]."""
+
+    def __init__(self, dense: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(dense.T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight

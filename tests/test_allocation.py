@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_sparse import Pruner, SparsityConfig
-from optimum_sparse.allocation import ErrorCurves, OutlierRatios, allocate, given, meet_target, owl, share_out, upgrade
+from optimum_sparse.allocation import (
+    ErrorCurves,
+    OutlierRatios,
+    allocate,
+    by_name,
+    choose_denser,
+    meet_target,
+    minimize_loss,
+    owl,
+)
 from optimum_sparse.core import NM, Unstructured
 from optimum_sparse.methods import SparseGPT
 from optimum_sparse.pipeline import prune_blocks
@@ -56,7 +65,7 @@ FINE = [i / 1000 for i in range(300, 701)]
 
 
 def curve(height: float, growth: float):
-    """Convex in the logarithm, too: what share_out interpolates."""
+    """Convex in the logarithm, too: what minimize_loss interpolates."""
     return lambda s: height * 2.718281828459045 ** (growth * s)
 
 
@@ -68,7 +77,7 @@ def test_sharing_out_loses_as_little_as_brute_force_finds(sizes: list[int], targ
     curves = [curve(1, 4), curve(0.2, 9), curve(3, 6)][: len(sizes)]
     grid = [0.3, 0.4, 0.5, 0.6, 0.7]
     losses = [[scale * size * f(s) for s in grid] for f, size in zip(curves, sizes, strict=True)]
-    found = share_out(grid, losses, sizes, target)
+    found = minimize_loss(grid, losses, sizes, target)
     assert removed(found, sizes) == pytest.approx(target, abs=1e-9)
     assert all(0.3 - 1e-9 <= s <= 0.7 + 1e-9 for s in found)
 
@@ -87,8 +96,8 @@ def test_sharing_out_loses_as_little_as_brute_force_finds(sizes: list[int], targ
 
 def test_equal_curves_share_alike_and_a_matrix_without_loss_gives_most():
     grid = [0.3, 0.5, 0.7]
-    assert share_out(grid, [[1, 2, 4], [1, 2, 4]], [5, 5], 0.45) == pytest.approx([0.45, 0.45], abs=5e-3)
-    free, dear = share_out(grid, [[0, 0, 0], [1, 2, 4]], [5, 5], 0.5)
+    assert minimize_loss(grid, [[1, 2, 4], [1, 2, 4]], [5, 5], 0.45) == pytest.approx([0.45, 0.45], abs=5e-3)
+    free, dear = minimize_loss(grid, [[0, 0, 0], [1, 2, 4]], [5, 5], 0.5)
     assert (free, dear) == (pytest.approx(0.7, abs=5e-3), pytest.approx(0.3, abs=5e-3))
 
 
@@ -132,7 +141,7 @@ NAMES, SIZES = ["layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up"], [100,
     ],
 )
 def test_what_names_do_not_give_is_shared_out_evenly(rules: dict[str, float], expected: list[float]):
-    assert given(rules, NAMES, SIZES, 0.5) == pytest.approx(expected)
+    assert by_name(rules, NAMES, SIZES, 0.5) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,7 @@ def test_what_names_do_not_give_is_shared_out_evenly(rules: dict[str, float], ex
 )
 def test_names_that_contradict_each_other_or_the_target(rules: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
-        given(rules, NAMES, SIZES, 0.5)
+        by_name(rules, NAMES, SIZES, 0.5)
 
 
 # ---- denser patterns
@@ -154,13 +163,13 @@ def test_names_that_contradict_each_other_or_the_target(rules: dict[str, float],
 
 def test_upgrades_go_to_those_that_lose_most_per_weight():
     losses = [[8, 0], [9, 0], [1, 0], [30, 0]]  # per weight: .8, .9, .1, .3
-    assert upgrade(losses, [10, 10, 10, 100], [("dense", 20 / 130)]) == {1: "dense", 0: "dense"}
-    assert upgrade(losses, [10, 10, 10, 100], [("dense", 0.1)]) == {1: "dense"}
-    assert upgrade(losses, [10, 10, 10, 100], [("dense", 0.25)]) == {1: "dense", 0: "dense", 2: "dense"}
-    assert upgrade(losses, [10, 10, 10, 100], [("dense", 0.0)]) == {}
+    assert choose_denser(losses, [10, 10, 10, 100], [("dense", 20 / 130)]) == {1: "dense", 0: "dense"}
+    assert choose_denser(losses, [10, 10, 10, 100], [("dense", 0.1)]) == {1: "dense"}
+    assert choose_denser(losses, [10, 10, 10, 100], [("dense", 0.25)]) == {1: "dense", 0: "dense", 2: "dense"}
+    assert choose_denser(losses, [10, 10, 10, 100], [("dense", 0.0)]) == {}
     two = [[8, 6, 0], [9, 1, 0], [5, 1, 0]]  # the first budget is filled first, by what it gains
-    assert upgrade(two, [10, 10, 10], [("4:8", 1 / 3), ("dense", 1 / 3)]) == {1: "4:8", 0: "dense"}
-    assert upgrade([[1, 1], [1, 2]], [1, 1], [("4:8", 1.0)]) == {}, "nothing is gained"
+    assert choose_denser(two, [10, 10, 10], [("4:8", 1 / 3), ("dense", 1 / 3)]) == {1: "4:8", 0: "dense"}
+    assert choose_denser([[1, 1], [1, 2]], [1, 1], [("4:8", 1.0)]) == {}, "nothing is gained"
 
 
 @given_values(
@@ -170,7 +179,7 @@ def test_upgrades_go_to_those_that_lose_most_per_weight():
 def test_upgrades_stay_within_their_budgets_and_leave_out_nothing_that_fits(losses, shares: tuple[float, float]):
     sizes = [row[3] for row in losses]
     budgets = list(zip(("4:8", "dense"), shares, strict=True))
-    chosen = upgrade([row[:3] for row in losses], sizes, budgets)
+    chosen = choose_denser([row[:3] for row in losses], sizes, budgets)
     before: set[int] = set()
     for number, (pattern, share) in enumerate(budgets, 1):
         taken = {matrix for matrix, name in chosen.items() if name == pattern}

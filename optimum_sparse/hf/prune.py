@@ -99,7 +99,9 @@ def prune_model(
                     damping=config.damping,
                     sensitivity=sensitivity if config.fisher else None,
                 ),
-                reconstruction=_reconstruction(model, config, plan.blocks, batches) if config.refine else None,
+                reconstruction=(
+                    _reconstruction(model, config, plan.blocks, batches) if config.refine == "reconstruct" else None
+                ),
             )
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     report.layers = sorted(layers + plan.skipped, key=lambda layer: order[layer.name])
@@ -119,9 +121,7 @@ def measures_layers(config: SparsityConfig) -> bool:
 
 def _reconstruction(
     model: PreTrainedModel, config: SparsityConfig, blocks: list[Block], batches: list[dict[str, Tensor]]
-) -> Reconstruction | None:
-    if config.refine != "reconstruct":
-        return None
+) -> Reconstruction:
     size = config.reconstruction_batch_size
     small = [
         dict(zip(batch, parts, strict=True))

@@ -29,11 +29,11 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
     holds the inputs of all blocks and the activations of one, for a few sequences at a time; the result is one number
     per token for every linear and block.
 
-    Raises:
-        ValueError: a model without a head; logits or gradients that are not finite.
-
     Args:
         batches: what the model is called with; `tokens` of the result follows them.
+
+    Raises:
+        ValueError: a model without a head; logits or gradients that are not finite.
     """
     if model.get_output_embeddings() is None:
         raise ValueError(

@@ -93,9 +93,8 @@ def prune_blocks(
                 if calls is None:
                     continue
                 if dense_hidden is not None and (reconstruction is not None or index + 1 < len(blocks)):
-                    with dense_weights(block.linears, dense), fast_forward(calls.hidden[0]):
-                        for batch, hidden in enumerate(dense_hidden):
-                            dense_hidden[batch] = calls.run(block.module, index, batch, hidden)
+                    with dense_weights(block.linears, dense):
+                        _advance(block, index, calls, dense_hidden)
                 if dense_hidden is not None and reconstruction is not None and keeps:
                     following = blocks[index + 1] if reconstruction.look_ahead and index + 1 < len(blocks) else None
                     with contextlib.nullcontext() if following is None else onload(following.module):
@@ -107,9 +106,7 @@ def prune_blocks(
                         if report.skipped is None:
                             report.block_error = list(losses)
                 if index + 1 < len(blocks):
-                    with fast_forward(calls.hidden[0]):
-                        for batch in range(len(calls.hidden)):
-                            calls.hidden[batch] = calls.run(block.module, index, batch)
+                    _advance(block, index, calls, calls.hidden)
                 calls.arguments[index] = []
                 if reconstruction is not None and reconstruction.arguments is not None:
                     reconstruction.arguments[index] = []
@@ -118,6 +115,13 @@ def prune_blocks(
             warnings.warn("pruning stopped half-way, and the model is a mixture now: load it again.", stacklevel=2)
         raise
     return reports
+
+
+def _advance(block: Block, index: int, calls: Calls, hidden: list[Tensor]) -> None:
+    """The block's outputs in place of its inputs `hidden`, for every batch."""
+    with fast_forward(hidden[0]):
+        for batch, x in enumerate(hidden):
+            hidden[batch] = calls.run(block.module, index, batch, x)
 
 
 def _prune_block(
@@ -166,7 +170,7 @@ def _prune_block(
 def _prune_linear(
     linear: Linear, evidence: Evidence | None, method: Method, objective: Objective
 ) -> tuple[LayerReport, Tensor | None]:
-    """Solve one matrix and write it. The mask is None where it stays dense."""
+    """Solve one matrix and write it. The mask is None where it stays dense, to the bit."""
     started = time.perf_counter()
     weight = linear.read()
     stats = None if evidence is None else evidence.stats
@@ -187,10 +191,11 @@ def _prune_linear(
         solved = _solve(target, linear, stats, method, objective)
     except NotPositiveDefinite as error:
         raise NotPositiveDefinite(f"{linear.name}: {error}") from error
-    problem = violation(solved.weight, linear.pattern)
-    if problem is not None and not solved.keep.all():
-        raise ValueError(f"{type(method).__name__} did not keep to {linear.pattern} in {linear.name}: {problem}.")
-    if not solved.keep.all():  # a layer that keeps everything stays as it is, to the bit
+    keep = None if solved.keep.all() else solved.keep
+    if keep is not None:
+        problem = violation(solved.weight, linear.pattern)
+        if problem is not None:
+            raise ValueError(f"{type(method).__name__} did not keep to {linear.pattern} in {linear.name}: {problem}.")
         linear.write(solved.weight)
     report.pattern = str(linear.pattern)
     report.sparsity = (solved.weight == 0).float().mean().item()
@@ -198,7 +203,7 @@ def _prune_linear(
     report.note = solved.note
     if stats is not None:
         report.error = stats.relative_error(target, solved.weight)
-    return report, solved.keep
+    return report, keep
 
 
 def _target(weight: Tensor, name: str, evidence: Evidence, objective: Objective) -> Tensor:
@@ -241,9 +246,7 @@ def _reconstruct(
     settings: Reconstruction,
     following: Block | None,
 ) -> tuple[float, float]:
-    weights = None
-    if objective.sensitivity is not None or any(keep is not None for keep in calls.keep):
-        weights = token_weights([block], objective.sensitivity, calls)
+    weights = token_weights([block], objective.sensitivity, calls)
     if following is not None:
         with fast_forward(targets[0]):
             targets = [calls.run(following.module, index + 1, batch, target) for batch, target in enumerate(targets)]

@@ -98,8 +98,7 @@ def find_layout(block: Block, index: int, calls: Calls) -> Layout:
             same.append(by_name[name])
     return Layout(
         groups + [[linear] for linear in block.linears if linear.name not in watch.inputs],
-        # As wide as the stream: some activations add an inner linear's output to a function of it.
-        frozenset(name for name in watch.residuals if by_name[name].shape[0] == calls.hidden[0].shape[-1]),
+        frozenset(watch.residuals),
         frozenset(name for name, seen in watch.inputs.items() if any(x._version != version for x, version in seen)),
         all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears),
     )

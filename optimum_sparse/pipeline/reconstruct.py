@@ -46,7 +46,7 @@ def reconstruct(
     calls: Calls,
     targets: list[Tensor],
     keeps: dict[str, Tensor],
-    token_weight: list[Tensor] | None,
+    token_weight: list[Tensor],
     settings: Reconstruction,
     following: Block | None = None,
 ) -> tuple[float, float]:
@@ -56,7 +56,7 @@ def reconstruct(
 
     Args:
         targets: for each batch the dense block's output [batch, tokens, hidden]; with `following`, that block's.
-        keeps: by the linear's name, bool [out, in]. Linears that are not in it, or keep everything, stay as they are.
+        keeps: by the linear's name, bool [out, in]. Linears that are not in it stay as they are.
         token_weight: for each batch fp32 [batch * tokens]; 0 for padding.
         following: the next block, dense: `targets` are its outputs, and gradients go through it.
 
@@ -66,9 +66,7 @@ def reconstruct(
     Raises:
         ValueError: the loss is not finite.
     """
-    if all(keep.all() for keep in keeps.values()):
-        return 0.0, 0.0
-    calls, targets, token_weight = _in_small_batches(calls, targets, token_weight, index, settings)
+    calls, targets, token_weight = _in_small_batches(calls, targets, token_weight, settings)
     parameters = dict(block.module.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     frozen = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -80,7 +78,7 @@ def reconstruct(
         if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             still |= {id(parameter) for parameter in module.parameters(recurse=False)}
     for linear in block.linears:
-        if linear.name in keeps and not keeps[linear.name].all():
+        if linear.name in keeps:
             still -= {id(parameter) for parameter in linear.module.parameters()}
             keep = keeps[linear.name].T if linear.transposed else keeps[linear.name]
             weight = frozen[names[id(linear.weight)]].float()
@@ -94,9 +92,6 @@ def reconstruct(
 
     def weights() -> dict[str, Tensor]:
         return {name: (p * gains[name]).to(frozen[name].dtype) for name, p in trained.items()}
-
-    if token_weight is None:
-        token_weight = [torch.ones(target.shape[:2].numel(), device=target.device) for target in targets]
 
     def weighed(x: Tensor, y: Tensor, batch: int) -> Tensor:
         """Sum over tokens of the mean squared difference, weighed; what is in padding does not matter."""
@@ -144,18 +139,17 @@ def reconstruct(
 
 
 def _in_small_batches(
-    calls: Calls, targets: list[Tensor], token_weight: list[Tensor] | None, index: int, settings: Reconstruction
-) -> tuple[Calls, list[Tensor], list[Tensor] | None]:
+    calls: Calls, targets: list[Tensor], token_weight: list[Tensor], settings: Reconstruction
+) -> tuple[Calls, list[Tensor], list[Tensor]]:
     """The same data in batches of settings.batch_size, if that is given."""
     if settings.arguments is None or settings.batch_size is None:
         return calls, targets, token_weight
     size = settings.batch_size
-    if token_weight is not None:
-        token_weight = [
-            part.flatten()
-            for weight, hidden in zip(token_weight, calls.hidden, strict=True)
-            for part in weight.view(len(hidden), -1).split(size)
-        ]
+    token_weight = [
+        part.flatten()
+        for weight, hidden in zip(token_weight, calls.hidden, strict=True)
+        for part in weight.view(len(hidden), -1).split(size)
+    ]
     small = Calls([part for hidden in calls.hidden for part in hidden.split(size)], settings.arguments)
     return small, [part for target in targets for part in target.split(size)], token_weight
 

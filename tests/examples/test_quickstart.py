@@ -3,18 +3,14 @@
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
+from helpers import load_example
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    path = Path(__file__).parents[2] / "examples" / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("quickstart")
 
 
 def test_prints_quality_bytes_seconds_and_text(quickstart, tiny_llama, tmp_path, capsys):

@@ -6,7 +6,20 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from helpers import ar_inputs, output_error, random_weight, stats_of
-from modules import NM24, WIDTH, Attention, Decoder, Spy, block_of, blocks_of, calls_of, felt_by, normal, tokens_of
+from modules import (
+    NM24,
+    WIDTH,
+    Attention,
+    Conv1D,
+    Decoder,
+    Spy,
+    block_of,
+    blocks_of,
+    calls_of,
+    felt_by,
+    normal,
+    tokens_of,
+)
 from torch import Tensor, nn
 
 from optimum_sparse.core import NM, Needs, NotPositiveDefinite, Pattern, Solved, Unstructured
@@ -194,14 +207,6 @@ def test_memory_of_the_old_weight_is_not_written_to():
 
 
 def test_a_transposed_linear_is_pruned_along_its_inputs():
-    class Conv1D(nn.Module):
-        def __init__(self, dense: Tensor):
-            super().__init__()
-            self.weight = nn.Parameter(dense.T.contiguous())  # [in, out]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
-
     dense, x = random_weight(12, WIDTH), ar_inputs(100, WIDTH)
     for method in (Magnitude(), Wanda(), SparseGPT()):
         module = nn.Sequential(Conv1D(dense))

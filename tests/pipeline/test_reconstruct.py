@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import ar_inputs, random_weight
-from modules import WIDTH, Decoder, block_of, calls_of, felt_by, normal
+from modules import WIDTH, Conv1D, Decoder, block_of, calls_of, felt_by, normal
 from torch import Tensor, nn
 
 from optimum_sparse.core import NM, Pattern, keep_mask
@@ -49,7 +49,7 @@ class Case:
         self.before = copy.deepcopy(self.module)
 
     def train(self, settings: Reconstruction = SETTINGS, weights: list[Tensor] | None = None) -> tuple[float, float]:
-        if weights is None and self.calls.keep:
+        if weights is None:
             weights = token_weights([self.block], None, self.calls)
         return reconstruct(self.block, 0, self.calls, self.targets, self.keeps, weights, settings)
 
@@ -119,14 +119,6 @@ def test_a_model_in_bf16_is_trained_in_fp32():
 
 
 def test_a_transposed_linear_has_a_transposed_mask():
-    class Conv1D(nn.Module):
-        def __init__(self, dense: Tensor):
-            super().__init__()
-            self.weight = nn.Parameter(dense.T.contiguous())  # [in, out]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
-
     results = []
     for transposed in (False, True):
         first, second = random_weight(24, WIDTH) / 4, random_weight(WIDTH, 24, 1) / 5
@@ -381,8 +373,9 @@ def test_with_the_next_block_its_output_is_what_comes_closer():
         case.calls.arguments *= 2
         with torch.no_grad():
             wanted = [following.module(target) for target in case.targets]
+        weights = token_weights([case.block], None, case.calls)
         given = (case.targets, None) if not ahead else (wanted, following)
-        before, after = reconstruct(case.block, 0, case.calls, given[0], case.keeps, None, SETTINGS, given[1])
+        before, after = reconstruct(case.block, 0, case.calls, given[0], case.keeps, weights, SETTINGS, given[1])
         assert after < before
         with torch.no_grad():
             outputs = [following.module(case.module(x)) for x in case.calls.hidden]
