@@ -78,7 +78,6 @@ class SparsityConfig(QuantizationConfigMixin):
         reconstruction_passes: over the calibration data.
         reconstruction_batch_size: sequences per step.
         reconstruction_samples: train on the first ones only; None: on all.
-        reconstruction_look_ahead: compare what the next dense block makes of a block's output; twice the time.
         allocation: how unstructured sparsity is shared out: "uniform"; "owl", by outliers of a block's scores;
             "error", by measured loss of every matrix at several sparsities; or {name: sparsity}, with the rest shared
             out evenly. The whole always has `sparsity`. Layers named in `layers` take no part.
@@ -115,7 +114,6 @@ class SparsityConfig(QuantizationConfigMixin):
     reconstruction_passes: int = 8
     reconstruction_batch_size: int = 2
     reconstruction_samples: int | None = None
-    reconstruction_look_ahead: bool = False
     allocation: str | dict[str, float] = "uniform"
     denser: dict[str, float] = field(default_factory=dict)
     allocated: dict[str, str | float] = field(default_factory=dict)
@@ -149,7 +147,7 @@ class SparsityConfig(QuantizationConfigMixin):
         for name in ("input_shift", "residual_shift"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0, 1, "0.5")
-        for name in ("staged", "fisher", "reconstruction_look_ahead", "run_compressed"):
+        for name in ("staged", "fisher", "run_compressed"):
             optional = name in SECOND_ORDER
             if not isinstance(getattr(self, name), bool) and not (optional and getattr(self, name) is None):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")

@@ -133,7 +133,6 @@ def _reconstruction(
         passes=config.reconstruction_passes,
         samples=config.reconstruction_samples,
         seed=config.seed,
-        look_ahead=config.reconstruction_look_ahead,
         batch_size=size,
         arguments=record_calls(model, [block.module for block in blocks], small).arguments,
     )

@@ -96,11 +96,8 @@ def prune_blocks(
                     with dense_weights(block.linears, dense):
                         _advance(block, index, calls, dense_hidden)
                 if dense_hidden is not None and reconstruction is not None and keeps:
-                    following = blocks[index + 1] if reconstruction.look_ahead and index + 1 < len(blocks) else None
-                    with contextlib.nullcontext() if following is None else onload(following.module):
-                        losses = _reconstruct(
-                            block, index, calls, dense_hidden, keeps, objective, reconstruction, following
-                        )
+                    weights = token_weights([block], objective.sensitivity, calls)
+                    losses = reconstruct(block, index, calls, dense_hidden, keeps, weights, reconstruction)
                     progress.set_postfix_str("block error {:.4f} -> {:.4f}".format(*losses))
                     for report in found:
                         if report.skipped is None:
@@ -234,20 +231,3 @@ def _solve(target: Tensor, linear: Linear, stats: object, method: Method, object
     scale = (felt / felt.mean().clamp(min=torch.finfo(felt.dtype).tiny)).clamp(min=1e-4).sqrt()[:, None]
     solved = method.solve(target * scale, stats, linear.pattern)
     return solved._replace(weight=solved.weight / scale)
-
-
-def _reconstruct(
-    block: Block,
-    index: int,
-    calls: Calls,
-    targets: list[Tensor],
-    keeps: dict[str, Tensor],
-    objective: Objective,
-    settings: Reconstruction,
-    following: Block | None,
-) -> tuple[float, float]:
-    weights = token_weights([block], objective.sensitivity, calls)
-    if following is not None:
-        with fast_forward(targets[0]):
-            targets = [calls.run(following.module, index + 1, batch, target) for batch, target in enumerate(targets)]
-    return reconstruct(block, index, calls, targets, keeps, weights, settings, following)

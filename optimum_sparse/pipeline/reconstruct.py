@@ -26,7 +26,6 @@ class Reconstruction:
         passes: over the calibration data.
         samples: sequences to use, from the first on; None: all.
         seed: of the order of the batches.
-        look_ahead: compare what the next block makes of the output, with its dense weights, in place of the output.
         batch_size: sequences per step.
         arguments: what the blocks are called with for batches of that size, as in Calls; used up.
     """
@@ -35,7 +34,6 @@ class Reconstruction:
     passes: int = 8
     samples: int | None = None
     seed: int = 0
-    look_ahead: bool = False
     batch_size: int | None = None
     arguments: list[list[tuple[tuple, dict[str, Any]]]] | None = None
 
@@ -48,17 +46,15 @@ def reconstruct(
     keeps: dict[str, Tensor],
     token_weight: list[Tensor],
     settings: Reconstruction,
-    following: Block | None = None,
 ) -> tuple[float, float]:
     """Train the kept weights of a pruned block, and its norms and biases, in place.
 
     Masters and Adam's moments are fp32, of this block only. If the loss does not fall, nothing is changed.
 
     Args:
-        targets: for each batch the dense block's output [batch, tokens, hidden]; with `following`, that block's.
+        targets: for each batch the dense block's output [batch, tokens, hidden].
         keeps: by the linear's name, bool [out, in]. Linears that are not in it stay as they are.
         token_weight: for each batch fp32 [batch * tokens]; 0 for padding.
-        following: the next block, dense: `targets` are its outputs, and gradients go through it.
 
     Returns:
         mean |output - target|^2 / mean |target - input|^2 before and after, tokens weighed in both.
@@ -101,12 +97,6 @@ def reconstruct(
     changes = [weighed(y, calls.hidden[batch].to(y.device), batch) for batch, y in enumerate(targets)]
     scale = 1 / torch.stack(changes).mean().clamp(min=torch.finfo(torch.float32).tiny)
 
-    frozen_following = {} if following is None else {n: p.detach() for n, p in following.module.named_parameters()}
-
-    def call_following(*args: object, **kwargs: object) -> Tensor:
-        assert following is not None
-        return functional_call(following.module, frozen_following, args, kwargs)
-
     def loss(batch: int) -> Tensor:
         replaced = frozen | weights()
 
@@ -115,8 +105,6 @@ def reconstruct(
 
         with fast_forward(calls.hidden[batch]):
             output = calls.run(call, index, batch)
-            if following is not None:
-                output = calls.run(call_following, index + 1, batch, output)
         return weighed(output, targets[batch], batch) * scale
 
     def total() -> float:

@@ -358,30 +358,3 @@ def test_steps_of_another_size_than_the_batches():
             case.train(settings, [row.flatten() for weight in weights for row in weight.split(1)])
         results.append(torch.cat([p.detach().flatten() for p in case.module.parameters()]))
     assert torch.equal(*results)
-
-
-# ---- looking ahead
-
-
-def test_with_the_next_block_its_output_is_what_comes_closer():
-    """And not its weights, nor a gradient of them, change."""
-    errors = []
-    for ahead in (False, True):
-        case = Case()
-        following = block_of(Decoder(seed=1), "next")
-        frozen = copy.deepcopy(following.module)
-        case.calls.arguments *= 2
-        with torch.no_grad():
-            wanted = [following.module(target) for target in case.targets]
-        weights = token_weights([case.block], None, case.calls)
-        given = (case.targets, None) if not ahead else (wanted, following)
-        before, after = reconstruct(case.block, 0, case.calls, given[0], case.keeps, weights, SETTINGS, given[1])
-        assert after < before
-        with torch.no_grad():
-            outputs = [following.module(case.module(x)) for x in case.calls.hidden]
-        errors.append(sum((y - target).square().mean() for y, target in zip(outputs, wanted, strict=True)))
-        for name, parameter in following.module.named_parameters():
-            assert torch.equal(parameter, frozen.get_parameter(name))
-            assert parameter.grad is None
-            assert parameter.requires_grad
-    assert errors[1] < errors[0]
