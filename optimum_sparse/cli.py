@@ -1,4 +1,4 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, bench."""
 
 import argparse
 import json
@@ -8,22 +8,29 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
-from .evaluation import perplexity
+from .core import parse_pattern
+from .evaluation import measure_speed, perplexity
 from .hf.checkpoint import export_dense, inspect, new_directory
+from .kernels.linear import select
 from .methods import METHODS
 from .pruner import Pruner
 
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+
+
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
-    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,bench}", required=True)
     _add_prune(commands)
     _add_eval(commands)
     _add_info(commands)
     _add_export(commands)
+    _add_bench(commands)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,6 +227,11 @@ def _info(args: argparse.Namespace) -> None:
         for name, (pattern, shape, stored, dense) in info.matrices.items():
             print(f"{name}  {shape[0]}x{shape[1]}  {pattern}  {stored:,} of {dense:,} bytes ({stored / dense:.4f})")
     print(info)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in sorted(info.dtypes & DTYPES.keys()):
+        for tokens in (1, 64):
+            choice = select(device, DTYPES[dtype], tokens)
+            print(f"run_compressed=True here ({device}, {dtype}), {tokens} tokens: {choice.backend}, {choice.reason}")
 
 
 def _add_export(commands: Any) -> None:
@@ -236,3 +248,51 @@ def _add_export(commands: Any) -> None:
     parser.set_defaults(
         run_sparse=lambda args: export_dense(args.model, args.output, trust_remote_code=args.trust_remote_code)
     )
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "Time compressed layers beside dense ones on this machine, with random weights, and check their results.",
+        "--pattern 2:4 --shapes 4096x4096 11008x4096 --tokens 1 2 4 8 16",
+    )
+    parser.add_argument("--pattern", default="2:4", help="N:M, or unstructured [2:4]")
+    parser.add_argument("--sparsity", type=float, help="share of zeros when unstructured [0.5]")
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], metavar="OUTxIN")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 256, 1024], help="rows of x")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda, else cpu]")
+    parser.set_defaults(run_sparse=_bench)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    pattern = parse_pattern(args.pattern, args.sparsity)
+    shapes = [_shape(text) for text in args.shapes]
+    if min(args.tokens) < 1:
+        raise ValueError(f"--tokens {min(args.tokens)}: must be from 1 up.")
+    on = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(f"{pattern}, {args.dtype}, {on}, torch {torch.__version__}; microseconds, ratio = dense / compressed")
+    print(
+        "| out x in | tokens | dense | compressed | ratio | eager ratio | PyTorch 2:4 | of a copy's bytes/s | runs |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for shape in shapes:
+        for speed in measure_speed(shape, args.tokens, pattern, getattr(torch, args.dtype), args.device):
+            other = "-" if speed.torch_sparse is None else f"{speed.dense / speed.torch_sparse:.2f}"
+            print(
+                f"| {shape[0]} x {shape[1]} | {speed.tokens} | {speed.dense * 1e6:.1f} | {speed.sparse * 1e6:.1f} "
+                f"| {speed.ratio:.2f} | {speed.dense_eager / speed.sparse_eager:.2f} | {other} "
+                f"| {speed.ceiling:.0%} | {speed.choice.backend} |",
+                flush=True,
+            )
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        out_features, in_features = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise ValueError(f"--shapes {text!r}: must be OUTxIN, such as 4096x11008.") from None
+    if min(out_features, in_features) < 1:
+        raise ValueError(f"--shapes {text!r}: both must be from 1 up.")
+    return out_features, in_features

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse.cli import main
+from optimum_sparse.kernels.linear import select
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,9 @@ def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     header = int.from_bytes((pruned / "model.safetensors").read_bytes()[:8], "little")
     payload = (pruned / "model.safetensors").stat().st_size - 8 - header
     assert f"in all {payload / 1e6:,.1f} MB" in printed
+    assert "run_compressed=True here (c" in printed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert select(device, torch.float32, 64).reason in printed
 
 
 def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
@@ -143,4 +148,4 @@ def test_module_and_optimum_cli_offer_the_same_commands():
         [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"],
     ):
         printed = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
-        assert all(name in printed for name in ("prune", "eval", "info", "export")), printed
+        assert all(name in printed for name in ("prune", "eval", "info", "export", "bench")), printed

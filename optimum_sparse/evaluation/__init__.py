@@ -1,6 +1,7 @@
-"""What pruning cost: measured on the model itself."""
+"""What pruning cost, and what it brought: measured."""
 
 from .perplexity import Perplexity, perplexity
+from .speed import Speed, measure_speed
 
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "Speed", "measure_speed", "perplexity"]

@@ -115,11 +115,13 @@ class CheckpointInfo:
     Attributes:
         matrices: {module: (pattern, [out, in], bytes on disk, bytes if it were dense)} of the compressed ones.
         other_bytes: everything else: embeddings, norms, dense layers.
+        dtypes: of the compressed ones, as safetensors calls them ("BF16").
     """
 
     config: SparsityConfig
     matrices: dict[str, tuple[str, list[int], int, int]]
     other_bytes: int
+    dtypes: set[str]
 
     def __str__(self) -> str:
         lines = [f"method {self.config.method}, pattern {self.config.pattern}, format {self.config.format}"]
@@ -159,7 +161,7 @@ def inspect(source: str, **loading: Any) -> CheckpointInfo:
         on_disk = sum(header.bytes for header in stored[name].values())
         matrices[name] = (str(linear.pattern), list(linear.shape), on_disk, dense)
     other = sum(header.bytes for header in headers.values()) - sum(matrix[2] for matrix in matrices.values())
-    return CheckpointInfo(sparsity, matrices, other)
+    return CheckpointInfo(sparsity, matrices, other, {stored[name]["weight"].dtype for name in linears})
 
 
 class Header(NamedTuple):

@@ -1,6 +1,6 @@
 """The only room that asks what a device can do. Importing it gives `core.sweep_block` its CUDA kernel."""
 
-from . import sweep
+from . import linear, sweep
 
 
-__all__ = ["sweep"]
+__all__ = ["linear", "sweep"]

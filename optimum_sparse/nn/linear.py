@@ -2,20 +2,22 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core import Pattern
 from ..formats import bitmask
+from ..kernels.linear import expand, linear
+from ..kernels.precision import as_multiplied
 
 
 class SparseLinear(nn.Module):
     """`nn.Linear` that holds the tensors of `formats.bitmask` as they are on disk: its state dict is the disk format.
 
-    The forward pass is the reference: it expands the weight, multiplies, and lets the dense copy go.
+    The forward pass is `kernels.linear`: a kernel where there is one, else the weight is expanded and let go again.
     """
 
     weight: nn.Parameter
     weight_mask: Tensor
+    weight_rows: Tensor | None  # unstructured only
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -31,6 +33,7 @@ class SparseLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.pattern = pattern
+        self.register_buffer("weight_rows", None)
         for name, (shape, fixed) in bitmask.layout((out_features, in_features), pattern).items():
             tensor = torch.empty(shape, dtype=fixed or dtype, device=device)
             if name == "weight":
@@ -61,10 +64,12 @@ class SparseLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight [out, in], zeros in place."""
-        return bitmask.decode_valid(self.compressed(), (self.out_features, self.in_features))
+        return expand(self.weight.detach(), self.weight_mask, self.weight_rows, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.to_dense(), self.bias)
+        bias = None if self.bias is None else as_multiplied(self.bias)
+        weight = as_multiplied(self.weight)
+        return linear(as_multiplied(x), weight, self.weight_mask, self.weight_rows, self.in_features, bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, pattern='{self.pattern}'"

@@ -26,7 +26,7 @@ def test_forward_equals_the_dense_layer(pattern: Pattern, dtype: torch.dtype, wi
     linear = SparseLinear.from_dense(weight, bias, pattern)
     for shape in ((40,), (3, 40), (2, 5, 40)):
         x = random_weight(1, torch.Size(shape).numel()).reshape(shape).to(dtype)
-        assert torch.equal(linear(x), F.linear(x, weight, bias))
+        torch.testing.assert_close(linear(x), F.linear(x, weight, bias))
     assert torch.equal(linear.to_dense(), weight)
 
 
@@ -93,3 +93,15 @@ def test_validate_finds_a_damaged_layer():
 
 def test_text_says_sizes_and_pattern():
     assert str(SparseLinear(8, 2, False, NM(2, 4))) == "SparseLinear(8, 2, bias=False, pattern='2:4')"
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_autocast_is_that_of_a_dense_layer(tokens: int):
+    weight, bias, x = pruned(NM(2, 4)), torch.randn(7), torch.randn(tokens, 40)
+    linear = SparseLinear.from_dense(weight, bias, NM(2, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wanted = linear(x), F.linear(x, weight, bias)
+        again = linear(x.bfloat16())
+    assert y.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(y, wanted)
+    assert torch.equal(y, again)

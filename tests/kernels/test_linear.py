@@ -1,0 +1,235 @@
+"""y = x W^T + b for a compressed W: every way to compute it against float64, and what the op promises PyTorch."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import random_weight
+from torch.nn import functional as F
+
+from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
+from optimum_sparse.formats import bitmask
+from optimum_sparse.kernels import cpu
+from optimum_sparse.kernels.linear import CPU_TOKENS, expand, linear, reference, select
+
+
+PATTERNS = [NM(2, 4), NM(16, 32), NM(3, 5), NM(1, 8), Unstructured(0.5), Unstructured(0.9), Unstructured(0)]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+BUILT = cpu.library() is not None
+LEVELS = range(cpu.best_level() + 1) if BUILT else []
+needs_kernel = pytest.mark.skipif(not BUILT, reason="installed without a C++ compiler")
+
+
+def matrix(pattern: Pattern, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    weight = random_weight(*shape)
+    weight = weight * keep_mask(weight.abs(), pattern)
+    if isinstance(pattern, Unstructured) and pattern.sparsity > 0.5:
+        weight[1::3] = 0  # rows without a value of their own size: zeros are stored for them, or nothing
+    return weight.to(dtype)
+
+
+def tensors(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    found = bitmask.encode(weight, pattern)
+    return found["weight"], found["weight_mask"], found.get("weight_rows")
+
+
+def error(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """The largest, relative to the largest sum that products of these sizes could have."""
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    return ((y.double() - wanted).abs() / size.clamp(min=1e-30)).max().item()
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: cpu.LEVELS[level])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_kernel_against_float64(pattern: Pattern, dtype: torch.dtype, level: int):
+    for shape in ((7, 160), (33, 960), (1, 320)) if isinstance(pattern, NM) else ((7, 41), (33, 999), (3, 5)):
+        weight = matrix(pattern, shape, dtype)
+        for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 9, 19):
+            x = random_weight(tokens, shape[1], seed=tokens).to(dtype)
+            for bias in (None, random_weight(1, shape[0])[0].to(dtype)):
+                y = cpu.linear(x, *tensors(weight, pattern), bias, level)
+                assert y.shape == (tokens, shape[0])
+                assert error(y, x, weight, bias) < TOLERANCE[dtype]
+
+
+@needs_kernel
+@pytest.mark.parametrize("level", LEVELS, ids=lambda level: cpu.LEVELS[level])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_matrix_without_values_and_rows_without_values(dtype: torch.dtype, level: int):
+    mask = torch.zeros(6, 9, dtype=torch.uint8)
+    rows = torch.zeros(7, dtype=torch.int64)
+    x, bias = torch.randn(2, 70).to(dtype), torch.randn(6).to(dtype)
+    assert torch.equal(cpu.linear(x, torch.empty(0, dtype=dtype), mask, rows, bias, level), bias.expand(2, 6))
+    mask[3, 8] = 0b100000  # the last column
+    rows[4:] = 1
+    y = cpu.linear(x, torch.ones(1, dtype=dtype), mask, rows, None, level)
+    assert torch.equal(y[:, 3], x[:, 69])
+    assert y.count_nonzero() == 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_expand_is_exact(pattern: Pattern, dtype: torch.dtype):
+    weight = matrix(pattern, (33, 960), dtype)
+    assert torch.equal(expand(*tensors(weight, pattern), 960), weight)
+
+
+@needs_kernel
+def test_every_number_of_the_16_bit_types():
+    """Conversions in C++ are PyTorch's: subnormals, infinities and rounding to even included."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    mask = torch.full((2**16, 1), 1, dtype=torch.uint8)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = bits.view(dtype)
+        values = values[~values.isnan()]
+        for level in LEVELS:
+            one = torch.ones(1, 1, dtype=dtype)
+            y = cpu.linear(one, values, mask[: len(values)], torch.arange(len(values) + 1), None, level)[0]
+            normal = values.abs() >= torch.finfo(dtype).tiny  # bf16 pairs flush subnormals to zero
+            assert torch.equal(y[normal], values[normal])
+            assert ((y == values) | (y == 0))[~normal].all()
+    numbers = torch.randint(-(2**31), 2**31 - 1, (20000,), dtype=torch.int32).view(torch.float32)
+    half = torch.tensor([1.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-14, 65504, 65519.9, 65520, 1 + 2.0**-11])
+    numbers = torch.cat([numbers[numbers.isfinite()], half, -half])
+    for dtype in (torch.bfloat16, torch.float16):  # rounding happens on the way out: bias alone gives no rounding
+        pairs = torch.stack([numbers.to(dtype), (numbers - numbers.to(dtype).float()).to(dtype)], 1)
+        pairs = pairs[pairs.isfinite().all(1)]
+        mask = torch.full((len(pairs), 1), 3, dtype=torch.uint8)
+        y = cpu.linear(torch.ones(1, 2, dtype=dtype), pairs, mask, None, None, 0)[0]
+        assert torch.equal(y, pairs.float().sum(1).to(dtype))
+
+
+GUARDED = """
+    import ctypes, mmap, torch
+    from optimum_sparse.kernels import cpu
+
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0  # beyond: no access
+
+    def at_the_end(tensor):
+        size = tensor.numel() * tensor.element_size()
+        raw = (ctypes.c_char * size).from_address(start + page - size)
+        kept = torch.frombuffer(raw, dtype=tensor.dtype).view(tensor.shape)
+        return kept.copy_(tensor)
+
+    for level in range(cpu.best_level() + 1):
+        for dtype in cpu.TYPES:
+            for in_features in (8, 40, 64, 136):
+                mask = torch.full((3, in_features // 8), 0b01010101, dtype=torch.uint8)
+                values = torch.ones(3, in_features // 2, dtype=dtype)
+                x = torch.ones(2, in_features, dtype=dtype)
+                for guarded in ("values", "mask", "x"):
+                    given = {"values": values, "mask": mask, "x": x}
+                    given[guarded] = at_the_end(given[guarded])
+                    y = cpu.linear(given["x"], given["values"], given["mask"], None, None, level)
+                    assert (y == in_features // 2).all()
+    print("nothing was read beyond the end")
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
+def test_nothing_is_read_beyond_the_end_of_a_tensor():
+    """In a process of its own: such a read is a segmentation fault."""
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(GUARDED)], capture_output=True, text=True, check=False)
+    assert "nothing was read beyond the end" in run.stdout, run.stderr
+
+
+# ---- the op
+
+
+def layer(pattern: Pattern = PATTERNS[0]) -> tuple:
+    weight = matrix(pattern, (12, 40), torch.float32)
+    return weight, tensors(weight, pattern), random_weight(1, 12)[0]
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (3, 40), (2, 1, 40), (2, 9, 40), (0, 40), (2, 0, 40)])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
+def test_any_shape(pattern: Pattern, shape: tuple[int, ...]):
+    weight, packed, bias = layer(pattern)
+    x = torch.randn(shape)
+    y = linear(x, *packed, 40, bias)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    torch.testing.assert_close(reference(x, *packed, 40, bias), F.linear(x, weight, bias))
+
+
+def test_inputs_with_gaps():
+    weight, packed, bias = layer()
+    x = torch.randn(40, 3).T
+    torch.testing.assert_close(linear(x, *packed, 40, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
+def test_opcheck(pattern: Pattern, tokens: int):
+    """PyTorch's own test of an op: schema, fake implementation, autograd registration."""
+    _, packed, bias = layer(pattern)
+    for requires_grad in (False, True):
+        x = torch.randn(tokens, 40, requires_grad=requires_grad)
+        torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (x, *packed, 40, bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_gradients_of_inputs_and_bias(tokens: int):
+    weight, packed, bias = layer()
+    x = torch.randn(2, tokens, 40)
+    results = []
+    for call in (lambda x, b: linear(x, *packed, 40, b), lambda x, b: F.linear(x, weight, b)):
+        inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        call(*inputs).square().sum().backward()
+        results.append([tensor.grad for tensor in inputs])
+    torch.testing.assert_close(*results)
+
+
+def test_a_compressed_weight_is_not_trained():
+    _, packed, bias = layer()
+    values = packed[0].requires_grad_()
+    with pytest.raises(ValueError, match="cannot be trained: load the model without run_compressed"):
+        linear(torch.randn(1, 40), values, *packed[1:], 40, bias)
+    with torch.no_grad():
+        linear(torch.randn(1, 40), values, *packed[1:], 40, bias)
+
+
+def test_bad_inputs_are_named():
+    _, packed, bias = layer()
+    with pytest.raises(ValueError, match=r"shape \[2, 39\]: its last dimension must be 40"):
+        linear(torch.randn(2, 39), *packed, 40, bias)
+    with pytest.raises(ValueError, match=r"shape \[\]: its last dimension"):
+        linear(torch.tensor(1.0), *packed, 40, bias)
+    with pytest.raises(ValueError, match=r"x is torch.float16, the compressed weight torch.float32"):
+        linear(torch.randn(2, 40).half(), *packed, 40, bias)
+    with pytest.raises(ValueError, match="x is on meta, the compressed weight on cpu"):
+        reference(torch.randn(2, 40, device="meta"), *packed, 40, bias)
+
+
+def test_select_says_what_runs_and_why():
+    for tokens in (1, CPU_TOKENS, CPU_TOKENS + 1):
+        choice = select(torch.device("cpu"), torch.bfloat16, tokens)
+        if not BUILT:
+            assert choice == ("reference", "the CPU kernel was not built")
+        else:
+            assert choice.backend == ("cpu" if tokens <= CPU_TOKENS else "expand")
+            assert str(CPU_TOKENS) in choice.reason
+    assert select(torch.device("cpu"), torch.float64, 1).backend == "reference"
+    assert select(torch.device("meta"), torch.float32, 1).reason == "there is no kernel for meta yet"
+
+
+def test_without_the_library_the_reference_runs_after_one_warning(monkeypatch: pytest.MonkeyPatch):
+    weight, packed, bias = layer()
+    cpu.library.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    try:
+        with pytest.warns(UserWarning, match="without a kernel on the CPU.*C\\+\\+20 compiler") as caught:
+            ys = [linear(torch.ones(1, 40), *packed, 40, bias) for _ in range(3)]
+        assert len(caught) == 1
+        torch.testing.assert_close(ys[2], F.linear(torch.ones(1, 40), weight, bias))
+    finally:
+        cpu.library.cache_clear()
