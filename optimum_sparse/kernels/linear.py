@@ -44,7 +44,21 @@ _MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_featur
 _LIBRARY.define(f"expand({_MATRIX}) -> Tensor")
 _LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias) -> Tensor")
 expand = torch.ops.optimum_sparse.expand.default
-linear = torch.ops.optimum_sparse.linear.default
+
+
+def linear(
+    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
+) -> Tensor:
+    """x [..., in] -> [..., out]; the rest are tensors of `formats.bitmask` that are known to be valid, bias is [out].
+
+    Raises:
+        ValueError: x is of another device, dtype or width; a gradient of the weight is asked for.
+    """
+    # An op takes 20 microseconds to find its way to Python; where nobody looks at it, it is spared that.
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))):
+        return _linear_cpu(x, weight, weight_mask, weight_rows, in_features, bias)
+    return torch.ops.optimum_sparse.linear.default(x, weight, weight_mask, weight_rows, in_features, bias)
 
 
 def _expand_reference(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int) -> Tensor:

@@ -178,6 +178,13 @@ def test_opcheck(pattern: Pattern, tokens: int):
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
+def test_called_plainly_it_is_the_op(tokens: int):
+    _, packed, bias = layer()
+    x = torch.randn(tokens, 40)
+    assert torch.equal(linear(x, *packed, 40, bias), torch.ops.optimum_sparse.linear(x, *packed, 40, bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
 def test_gradients_of_inputs_and_bias(tokens: int):
     weight, packed, bias = layer()
     x = torch.randn(2, tokens, 40)

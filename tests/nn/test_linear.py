@@ -105,3 +105,15 @@ def test_autocast_is_that_of_a_dense_layer(tokens: int):
     assert y.dtype == wanted.dtype == torch.bfloat16
     torch.testing.assert_close(y, wanted)
     assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_compiled_without_a_break_for_any_number_of_tokens(pattern: Pattern):
+    weight, bias = pruned(pattern), torch.randn(7)
+    linear = SparseLinear.from_dense(weight, bias, pattern)
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (1, 3, 20):
+        x = torch.randn(2, tokens, 40)
+        torch.testing.assert_close(compiled(x), F.linear(x, weight, bias))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), F.linear(x, weight, bias))
