@@ -546,3 +546,26 @@ def test_reconstruction_leaves_alone_what_is_not_pruned():
     assert all(torch.equal(after[name], before[name]) for name in still)
     moved = ["model.layers.0.self_attn.v_proj.bias", "model.layers.1.post_attention_layernorm.weight"]
     assert not any(torch.equal(after[name], before[name]) for name in moved)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_fewer_tokens_than_inputs_are_warned_about(method, recwarn):
+    for samples in (1, 8):
+        recwarn.clear()
+        Pruner(make_model("llama")).prune(
+            make_config(method, dataset=token_ids(samples, 16), num_samples=samples, sequence_length=16)
+        )
+        found = [str(warning.message) for warning in recwarn if "calibration tokens" in str(warning.message)]
+        if samples == 1 and method == "sparsegpt":
+            assert len(found) == 1
+            assert found[0].startswith("16 calibration tokens for a layer of ")
+        else:
+            assert not found
+
+
+def test_padding_is_no_token(recwarn):
+    mask = torch.zeros(8, 40, dtype=torch.int64)
+    mask[:, :2] = 1
+    batch = {"input_ids": token_ids(8, 40), "attention_mask": mask}
+    Pruner(make_model("llama")).prune(make_config("sparsegpt", num_samples=8), dataset=[batch])
+    assert any(str(warning.message).startswith("16 calibration tokens") for warning in recwarn)

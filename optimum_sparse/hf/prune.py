@@ -78,6 +78,8 @@ def prune_model(
                 batches = _batches(model, config, data, tokenizer)
                 calls = record_calls(model, [block.module for block in plan.blocks], batches)
             _check_calls(calls, asked, config)
+            if method.needs is Needs.GRAM:
+                _check_amount(batches, plan.blocks)
             if config.fisher or ((config.allocation == "error" or config.denser) and has_likelihood):
                 with phase("sensitivity"):
                     sensitivity = fisher(model, plan.blocks, batches, config.seed)
@@ -237,6 +239,18 @@ def _check_calls(calls: Calls, asked: SparsityConfig, config: SparsityConfig) ->
         "this model's blocks hand state to one another, so input_shift and residual_shift are off.", stacklevel=2
     )
     config.input_shift = config.residual_shift = 0.0
+
+
+def _check_amount(batches: list[dict[str, Tensor]], blocks: list[Block]) -> None:
+    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+    widest = max((linear for block in blocks for linear in block.linears), key=lambda linear: linear.shape[1])
+    if tokens < widest.shape[1]:
+        warnings.warn(
+            f"{tokens:,} calibration tokens for a layer of {widest.shape[1]:,} inputs ({widest.name}): with fewer "
+            "tokens than inputs, layers are fitted to these tokens alone. Use more or longer samples; 128 x 2,048 "
+            "tokens are usual.",
+            stacklevel=2,
+        )
 
 
 def _check(model: PreTrainedModel) -> None:
