@@ -77,7 +77,7 @@ def measure_speed(
     weight = (weight * keep_mask(weight.abs(), pattern)).to(dtype)
     first = SparseLinear.from_dense(weight, None, pattern)
     packed = sum(tensor.numel() * tensor.element_size() for tensor in first.compressed().values())
-    copies = max(2, -(-CACHE // packed))
+    copies = min(max(2, -(-CACHE // packed)), 200)  # layers that are tiny stay in the cache
     dense = [weight.clone() for _ in range(copies)]
     sparse = [SparseLinear.from_dense(weight, None, pattern) for _ in range(copies)]
     semi_structured = _semi_structured(dense, pattern)

@@ -27,6 +27,8 @@
 
 namespace {
 
+static_assert(std::endian::native == std::endian::little, "bit c of a mask's words is column c");
+
 enum Level { PORTABLE, VIA_AVX2, VIA_AVX512, VIA_AVX512_BF16 };
 
 constexpr int STEP = 64;       // columns of one mask word
@@ -301,11 +303,10 @@ struct Matrix {
   int64_t per_row, rows, columns;
 
   int64_t bytes() const { return (columns + 7) / 8; }
-  int64_t start(int64_t row) const { return starts ? starts[row] : row * per_row; }
-  int64_t end(int64_t row) const { return start(row + 1); }
+  int64_t start(int64_t row) const { return std::clamp<int64_t>(starts ? starts[row] : row * per_row, 0, count); }
 };
 
-// run(numbers, rows) for R rows at a time; values can be read SLACK beyond their end. The last may come twice.
+// run(numbers, rows) for R rows at a time; SLACK more than `columns` values can be read. The last may come twice.
 template <int R, class T, class Run>
 void for_rows(const Matrix<T>& w, Run run) {
 #pragma omp parallel
@@ -318,9 +319,10 @@ void for_rows(const Matrix<T>& w, Run run) {
       for (int r = 0; r < R; r++) {
         number[r] = std::min(first + r, w.rows - 1);
         const T* values = w.values + w.start(number[r]);
-        if (w.end(number[r]) + SLACK > w.count) {
-          copies[r].assign(values, w.values + w.end(number[r]));
-          copies[r].resize(copies[r].size() + SLACK);
+        // As many as a mask could ask for, even a wrong one, can be read.
+        if (w.start(number[r]) + w.columns + SLACK > w.count) {
+          copies[r].assign(values, w.values + w.count);
+          copies[r].resize(w.columns + SLACK);
           values = copies[r].data();
         }
         rows.values[r] = values;

@@ -47,26 +47,28 @@ def best_level() -> int:
 def linear(
     x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, bias: Tensor | None, level: int
 ) -> Tensor:
-    """x [tokens, in] -> [tokens, out]. All contiguous, on the CPU, of one dtype in TYPES; the matrix is valid."""
-    found = library()
-    assert found is not None
+    """x [tokens, in] -> [tokens, out], all on the CPU and of one dtype in TYPES."""
+    x = x.contiguous()
     y = x.new_empty(len(x), len(weight_mask))
-    matrix = _matrix(weight, weight_mask, weight_rows, x.shape[1])
-    offset = None if bias is None else bias.data_ptr()
-    found.optimum_sparse_cpu_linear(*matrix, level, x.data_ptr(), len(x), offset, y.data_ptr())
+    bias = None if bias is None else bias.contiguous()
+    more = level, x.data_ptr(), len(x), None if bias is None else bias.data_ptr(), y.data_ptr()
+    _call("linear", weight, weight_mask, weight_rows, x.shape[1], *more)
     return y
 
 
 def expand(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, level: int) -> Tensor:
     """The dense matrix [out, in]."""
-    found = library()
-    assert found is not None
     dense = weight.new_empty(len(weight_mask), in_features)
-    found.optimum_sparse_cpu_expand(*_matrix(weight, weight_mask, weight_rows, in_features), level, dense.data_ptr())
+    _call("expand", weight, weight_mask, weight_rows, in_features, level, dense.data_ptr())
     return dense
 
 
-def _matrix(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int) -> tuple:
-    rows = None if weight_rows is None else weight_rows.data_ptr()
-    mask = weight_mask.data_ptr()
-    return TYPES[weight.dtype], weight.data_ptr(), weight.numel(), mask, rows, len(weight_mask), in_features
+def _call(name: str, weight: Tensor, mask: Tensor, rows: Tensor | None, in_features: int, *more: int | None) -> None:
+    """Whatever the matrix holds, nothing outside of its tensors is read or written."""
+    found = library()
+    assert found is not None
+    weight, mask, rows = weight.contiguous(), mask.contiguous(), None if rows is None else rows.contiguous()
+    matrix = TYPES[weight.dtype], weight.data_ptr(), weight.numel(), mask.data_ptr()
+    starts = None if rows is None else rows.data_ptr()
+    torch.get_num_threads()  # a new thread of Python's learns of torch.set_num_threads only when it asks
+    getattr(found, f"optimum_sparse_cpu_{name}")(*matrix, starts, len(mask), in_features, *more)

@@ -36,7 +36,9 @@ def select(device: torch.device, dtype: torch.dtype, tokens: int) -> Choice:
         return Choice("reference", "the CPU kernel was not built")
     if tokens > CPU_TOKENS:
         return Choice("expand", f"more than {CPU_TOKENS} tokens: dense products, of some expanded rows at a time")
-    return Choice("cpu", f"{cpu.LEVELS[cpu.best_level()]}, up to {CPU_TOKENS} tokens: memory decides")
+    return Choice(
+        "cpu", f"{cpu.LEVELS[cpu.best_level()]}, up to {CPU_TOKENS} tokens: reads the compressed weight alone"
+    )
 
 
 _LIBRARY = torch.library.Library("optimum_sparse", "FRAGMENT")
@@ -45,20 +47,7 @@ _LIBRARY.define(f"expand({_MATRIX}) -> Tensor")
 _LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias) -> Tensor")
 expand = torch.ops.optimum_sparse.expand.default
 
-
-def linear(
-    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
-) -> Tensor:
-    """x [..., in] -> [..., out]; the rest are tensors of `formats.bitmask` that are known to be valid, bias is [out].
-
-    Raises:
-        ValueError: x is of another device, dtype or width; a gradient of the weight is asked for.
-    """
-    # An op takes 20 microseconds to find its way to Python; where nobody looks at it, it is spared that.
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))):
-        return _linear_cpu(x, weight, weight_mask, weight_rows, in_features, bias)
-    return torch.ops.optimum_sparse.linear.default(x, weight, weight_mask, weight_rows, in_features, bias)
+linear = torch.ops.optimum_sparse.linear.default
 
 
 def _expand_reference(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int) -> Tensor:
@@ -79,18 +68,19 @@ def reference(
     x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
 ) -> Tensor:
     """x [..., in] -> [..., out], on any device."""
-    _check(x, weight, in_features)
+    _check(x, weight, weight_mask, weight_rows, in_features, bias)
     return F.linear(x, expand(weight, weight_mask, weight_rows, in_features), bias)
 
 
 def _linear_cpu(
     x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
 ) -> Tensor:
-    _check(x, weight, in_features)
+    _check(x, weight, weight_mask, weight_rows, in_features, bias)
+    if not weight_mask.numel():
+        return reference(x, weight, weight_mask, weight_rows, in_features, bias)
     backend = select(x.device, weight.dtype, x.numel() // in_features).backend
     if backend == "cpu":
-        rows = x.reshape(-1, in_features).contiguous()
-        y = cpu.linear(rows, weight, weight_mask, weight_rows, bias, cpu.best_level())
+        y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
     if backend == "reference":
         return reference(x, weight, weight_mask, weight_rows, in_features, bias)
@@ -109,17 +99,33 @@ def _linear_cpu(
 def _linear_fake(
     x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
 ) -> Tensor:
-    _check(x, weight, in_features)
+    _check(x, weight, weight_mask, weight_rows, in_features, bias)
     return x.new_empty(*x.shape[:-1], weight_mask.shape[0])
 
 
-def _check(x: Tensor, weight: Tensor, in_features: int) -> None:
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device}, the compressed weight on {weight.device}: move one to the other.")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype}, the compressed weight {weight.dtype}: convert one.")
+def _check(
+    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
+) -> None:
+    """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
+    for name, tensor in (("weight_mask", weight_mask), ("weight_rows", weight_rows), ("bias", bias), ("x", x)):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {weight.device}: move one.")
+    for name, tensor in (("bias", bias), ("x", x)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, the compressed weight {weight.dtype}: convert one.")
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {list(x.shape)}: its last dimension must be {in_features}, the layer's inputs.")
+    rows = weight_mask.shape[0]
+    if weight_mask.dtype != torch.uint8 or weight_mask.dim() != 2 or weight_mask.shape[1] != -(-in_features // 8):
+        raise ValueError(f"weight_mask is {_describe(weight_mask)}: must be uint8 [out, {-(-in_features // 8)}].")
+    if weight_rows is not None and (weight_rows.dtype != torch.int64 or weight_rows.shape != (rows + 1,)):
+        raise ValueError(f"weight_rows is {_describe(weight_rows)}: must be int64 [{rows + 1}].")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -137,7 +143,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (
         gradient @ expand(*ctx.saved_tensors, ctx.in_features) if for_x else None,
         *(None, None, None, None),
-        gradient.flatten(0, -2).sum(0) if for_bias else None,
+        gradient.reshape(-1, gradient.shape[-1]).sum(0) if for_bias else None,
     )
 
 

@@ -1,5 +1,7 @@
 """A linear layer whose weight stays compressed in memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,7 @@ class SparseLinear(nn.Module):
             else:
                 self.register_buffer(name, tensor)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_load_state_dict_post_hook(_validate_loaded)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> "SparseLinear":
@@ -73,3 +76,8 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, pattern='{self.pattern}'"
+
+
+def _validate_loaded(linear: SparseLinear, incompatible: Any) -> None:
+    if not incompatible.missing_keys and not linear.weight.is_meta:
+        linear.validate()

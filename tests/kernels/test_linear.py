@@ -131,6 +131,15 @@ GUARDED = """
                     given[guarded] = at_the_end(given[guarded])
                     y = cpu.linear(given["x"], given["values"], given["mask"], None, None, level)
                     assert (y == in_features // 2).all()
+                    dense = cpu.expand(given["values"], given["mask"], None, in_features, level)
+                    assert torch.equal(dense[:, ::2], values) and not dense[:, 1::2].any()
+                rows = torch.arange(4) * (in_features // 2)
+                flat = at_the_end(values.flatten())
+                assert (cpu.linear(x, flat, mask, rows, None, level) == in_features // 2).all()
+                for wrong in (rows + 2**40, rows - 2**40, -rows, rows.flip(0), torch.full_like(rows, 2**62)):
+                    for full in (mask, torch.full_like(mask, 255)):  # a damaged file: any number, but no other memory
+                        cpu.linear(x, flat, full, wrong, None, level)
+                        cpu.expand(flat, full, wrong, in_features, level)
     print("nothing was read beyond the end")
 """
 
@@ -178,10 +187,39 @@ def test_opcheck(pattern: Pattern, tokens: int):
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_called_plainly_it_is_the_op(tokens: int):
-    _, packed, bias = layer()
+def test_tensors_with_gaps(tokens: int):
+    """Whatever strides a checkpoint's loader gives them."""
+    weight, packed, bias = layer()
     x = torch.randn(tokens, 40)
-    assert torch.equal(linear(x, *packed, 40, bias), torch.ops.optimum_sparse.linear(x, *packed, 40, bias))
+    wanted = F.linear(x, weight, bias)
+    strided = [part.t().contiguous().t() for part in packed[:2]]
+    assert not any(part.is_contiguous() for part in strided)
+    torch.testing.assert_close(linear(x, *strided, None, 40, torch.stack([bias, bias], 1)[:, 0]), wanted)
+    torch.testing.assert_close(linear(x, *packed, 40, bias[:1].expand(12)), F.linear(x, weight, bias[:1].expand(12)))
+    assert torch.equal(expand(*strided, None, 40), weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_under_tracers_and_transforms(tokens: int):
+    weight, packed, bias = layer()
+    x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, *packed, 40, bias)
+
+    wanted = F.linear(other, weight, bias)
+    torch.testing.assert_close(torch.jit.trace(call, (x,))(other), wanted)
+    torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(call)(x)(other), wanted)
+    torch.testing.assert_close(torch.func.functionalize(call)(other), wanted)
+    torch.testing.assert_close(torch.vmap(call)(other), wanted)
+    torch.testing.assert_close(call(torch._neg_view(other)), F.linear(-other, weight, bias))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_layers_without_rows(tokens: int):
+    mask = torch.zeros(0, 5, dtype=torch.uint8)
+    assert linear(torch.randn(tokens, 40), torch.empty(0, 20), mask, None, 40, None).shape == (tokens, 0)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -191,6 +229,7 @@ def test_gradients_of_inputs_and_bias(tokens: int):
     results = []
     for call in (lambda x, b: linear(x, *packed, 40, b), lambda x, b: F.linear(x, weight, b)):
         inputs = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        call(inputs[0][0, 0], inputs[1]).sum().backward()  # one vector
         call(*inputs).square().sum().backward()
         results.append([tensor.grad for tensor in inputs])
     torch.testing.assert_close(*results)
@@ -213,6 +252,24 @@ def test_bad_inputs_are_named():
         linear(torch.tensor(1.0), *packed, 40, bias)
     with pytest.raises(ValueError, match=r"x is torch.float16, the compressed weight torch.float32"):
         linear(torch.randn(2, 40).half(), *packed, 40, bias)
+    for wrong, message in (
+        ((*packed, 40, bias.double()), "bias is torch.float64, the compressed weight torch.float32"),
+        ((*packed, 40, bias[:3]), r"bias has shape \[3\]: must be \[12\]"),
+        (
+            (packed[0], packed[1].float(), None, 40, None),
+            r"weight_mask is float32 \[12, 5\]: must be uint8",
+        ),
+        ((packed[0], packed[1][:, :4], None, 40, None), r"weight_mask is uint8 \[12, 4\]"),
+        ((packed[0], packed[1], torch.zeros(13).int(), 40, None), r"weight_rows is int32 \[13\]: must be int64"),
+        (
+            (packed[0], packed[1], torch.zeros(12).long(), 40, None),
+            r"weight_rows is int64 \[12\]: must be int64",
+        ),
+        ((packed[0], packed[1].to("meta"), None, 40, None), "weight_mask is on meta, the compressed weight on cpu"),
+    ):
+        for call in (reference, torch.ops.optimum_sparse.linear):
+            with pytest.raises(ValueError, match=message):
+                call(torch.randn(2, 40), *wrong)
     with pytest.raises(ValueError, match="x is on meta, the compressed weight on cpu"):
         reference(torch.randn(2, 40, device="meta"), *packed, 40, bias)
 

@@ -1,5 +1,8 @@
 """SparseLinear is nn.Linear with the dense weight, and its state dict is the disk format."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import random_weight
@@ -117,3 +120,23 @@ def test_compiled_without_a_break_for_any_number_of_tokens(pattern: Pattern):
         torch.testing.assert_close(compiled(x), F.linear(x, weight, bias))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["weight_mask", "weight_rows"])
+def test_a_damaged_state_dict_does_not_load(name: str):
+    state = SparseLinear.from_dense(pruned(Unstructured(0.5)), None, Unstructured(0.5)).state_dict()
+    state[name] = state[name] + 1
+    state = {f"0.{key}": part for key, part in state.items()}
+    for assign in (False, True):
+        linear = SparseLinear(40, 7, False, Unstructured(0.5))
+        with pytest.raises(ValueError, match="the file is damaged"):
+            torch.nn.Sequential(linear).load_state_dict(
+                {f"0.{key}": part for key, part in state.items()}, assign=assign
+            )
+
+
+def test_copies_and_pickles():
+    linear = SparseLinear.from_dense(pruned(NM(2, 4)), torch.randn(7), NM(2, 4))
+    x = torch.randn(2, 40)
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert torch.equal(other(x), linear(x))
