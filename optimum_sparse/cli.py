@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityCon
 from .core import parse_pattern
 from .evaluation import measure_speed, perplexity
 from .hf.checkpoint import export_dense, inspect, new_directory
-from .kernels.linear import select
+from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
 
@@ -229,9 +230,16 @@ def _info(args: argparse.Namespace) -> None:
     print(info)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in sorted(info.dtypes & DTYPES.keys()):
-        for tokens in (1, 64):
-            choice = select(device, DTYPES[dtype], tokens)
-            print(f"run_compressed=True here ({device}, {dtype}), {tokens} tokens: {choice.backend}, {choice.reason}")
+        print(f"run_compressed=True here ({device}, {dtype}):")
+        for tokens in (1, 8, 64, 512):
+            layers: Counter[Choice] = Counter()
+            for pattern, shape, _, _ in info.matrices.values():
+                name, *sparsity = pattern.split()
+                layers[
+                    select(device, DTYPES[dtype], parse_pattern(name, *map(float, sparsity)), shape[1], tokens)
+                ] += 1
+            for choice, count in layers.items():
+                print(f"  {tokens} tokens, {count} layers: {choice.backend}, {choice.reason}")
 
 
 def _add_export(commands: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -97,12 +98,13 @@ class SparsityQuantizer(HfQuantizer):
             if run_compressed:
                 compress(model, config)
         elif config.run_compressed:
-            for name in self._compressed:
+            for name in tqdm(self._compressed, desc="Checking compressed layers", leave=False):
                 module = model.get_submodule(name)
                 try:
                     module.validate()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
+                module.pack()
         elif self._decompress.problems:
             raise ValueError("; ".join(self._decompress.problems[:4]))
         # Saving compresses the state dict itself: our converter must not be reversed on top of that.

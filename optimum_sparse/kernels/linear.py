@@ -1,8 +1,11 @@
 """The seam: y = x W^T + b for a compressed W as one op, `optimum_sparse::linear`, and the choice of what runs it.
 
-The op has a reference in plain PyTorch, which expands W and multiplies, for every device and dtype; a kernel where
+The op has a reference in plain PyTorch, which expands W and multiplies, for every device and dtype; kernels where
 `select` names one; a fake implementation for torch.compile; gradients for x and the bias, not for W. `expand`, the
 dense W, is an op as well.
+
+W comes as it is on disk (formats.bitmask), or with `overflow` and `starts` as CUDA kernels need it (formats.slots).
+`group` is M of N:M; 0 if there is none or it is not known.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import bitmask
-from . import cpu
+from ..core import NM, Pattern
+from ..formats import bitmask, slots
+from . import cpu, cuda
 
 
 CPU_TOKENS = 8  # up to here reading less memory wins, beyond it dense products do
@@ -26,8 +30,17 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(device: torch.device, dtype: torch.dtype, tokens: int) -> Choice:
-    """What multiplies x [tokens, in] by a compressed weight of this dtype."""
+def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, in_features: int, tokens: int) -> Choice:
+    """What multiplies x [tokens, in] by a weight of this dtype and pattern that is compressed on this device."""
+    if device.type == "cuda":
+        problem = cuda.refuses(device, dtype, in_features)
+        if problem:
+            return Choice("reference", problem)
+        even = slots.even_slots(pattern, in_features)
+        name = cuda.kernel(tokens, _are_pairs(pattern, even), not even)
+        if name is None:
+            return Choice("expand", f"more than {cuda.MOST_TOKENS} tokens: the weight is expanded, then cuBLAS")
+        return Choice(name, f"up to {cuda.MOST_TOKENS} tokens: reads the compressed weight alone")
     if device.type != "cpu":
         return Choice("reference", f"there is no kernel for {device.type} yet")
     if dtype not in cpu.TYPES:
@@ -41,49 +54,98 @@ def select(device: torch.device, dtype: torch.dtype, tokens: int) -> Choice:
     )
 
 
-_LIBRARY = torch.library.Library("optimum_sparse", "FRAGMENT")
-_MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_features"
-_LIBRARY.define(f"expand({_MATRIX}) -> Tensor")
-_LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias) -> Tensor")
-expand = torch.ops.optimum_sparse.expand.default
+def needs_packing(device: torch.device, dtype: torch.dtype, pattern: Pattern, in_features: int) -> bool:
+    """Whether the kernels here want this weight in slots, and can have it so."""
+    if device.type != "cuda" or cuda.refuses(device, dtype, in_features):
+        return False
+    return not slots.even_slots(pattern, in_features) and in_features <= slots.MOST_COLUMNS
 
+
+_LIBRARY = torch.library.Library("optimum_sparse", "FRAGMENT")
+_MORE = "int group=0, Tensor? overflow=None, Tensor? starts=None"
+_MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_features"
+_LIBRARY.define(f"expand({_MATRIX}, {_MORE}) -> Tensor")
+_LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, {_MORE}) -> Tensor")
+expand = torch.ops.optimum_sparse.expand.default
 linear = torch.ops.optimum_sparse.linear.default
 
 
-def _expand_reference(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int) -> Tensor:
-    return bitmask.decode_valid({"weight": weight, "weight_mask": weight_mask}, (len(weight_mask), in_features))
+class _Matrix(NamedTuple):
+    """The arguments of both ops that make up W."""
+
+    weight: Tensor
+    weight_mask: Tensor
+    weight_rows: Tensor | None
+    in_features: int
+    group: int = 0
+    overflow: Tensor | None = None
+    starts: Tensor | None = None
+
+    def for_cuda(self) -> cuda.Matrix | None:
+        """As the CUDA kernels take it; None if they do not."""
+        weight, mask = self.weight, self.weight_mask
+        if cuda.refuses(weight.device, weight.dtype, self.in_features) or not weight.numel():
+            return None
+        if self.overflow is not None:
+            return cuda.Matrix(weight, mask, self.overflow, self.starts, self.in_features, False)
+        if not self.group or weight.dim() != 2:
+            return None
+        pattern = NM(weight.shape[1] * self.group // self.in_features, self.group)
+        even = slots.even_slots(pattern, self.in_features)
+        return cuda.Matrix(weight, mask, None, None, self.in_features, _are_pairs(pattern, even)) if even else None
 
 
-def _expand_cpu(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int) -> Tensor:
+def _are_pairs(pattern: Pattern, even: int) -> bool:
+    """Whether two of every four columns are kept."""
+    return isinstance(pattern, NM) and pattern.group in (2, 4) and even == 16
+
+
+def _expand_reference(*args: Any) -> Tensor:
+    matrix = _Matrix(*args)
+    weight, shape = matrix.weight, (len(matrix.weight_mask), matrix.in_features)
+    if matrix.overflow is not None and matrix.starts is not None:
+        count = int(bitmask.unpack_bits(matrix.weight_mask, shape[1]).sum())
+        packed = slots.Slots(weight, matrix.overflow, matrix.starts)
+        weight = slots.unpack(packed, matrix.weight_mask, shape[1], count)
+    return bitmask.decode_valid({"weight": weight, "weight_mask": matrix.weight_mask}, shape)
+
+
+def _expand_cpu(*args: Any) -> Tensor:
+    matrix = _Matrix(*args)
+    if matrix.weight.dtype not in cpu.TYPES or cpu.library() is None or matrix.overflow is not None:
+        return _expand_reference(*args)
+    return cpu.expand(*matrix[:4], cpu.best_level())
+
+
+def _expand_cuda(*args: Any) -> Tensor:
+    matrix = _Matrix(*args).for_cuda()
+    return _expand_reference(*args) if matrix is None else cuda.expand(matrix)
+
+
+def _expand_fake(*args: Any) -> Tensor:
+    matrix = _Matrix(*args)
+    return matrix.weight.new_empty(matrix.weight_mask.shape[0], matrix.in_features)
+
+
+def reference(x: Tensor, *args: Any) -> Tensor:
+    """`linear` on any device: x [..., in] -> [..., out]."""
+    matrix, bias = _split(args)
+    _check(x, matrix, bias)
+    return F.linear(x, expand(*matrix), bias)
+
+
+def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
+    matrix, bias = _split(args)
+    _check(x, matrix, bias)
+    weight, weight_mask, weight_rows, in_features = matrix[:4]
+    if not weight_mask.numel() or matrix.overflow is not None:
+        return reference(x, *args)
+    tokens = x.numel() // in_features
     if weight.dtype not in cpu.TYPES or cpu.library() is None:
-        return _expand_reference(weight, weight_mask, weight_rows, in_features)
-    return cpu.expand(weight, weight_mask, weight_rows, in_features, cpu.best_level())
-
-
-def _expand_fake(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int) -> Tensor:
-    return weight.new_empty(weight_mask.shape[0], in_features)
-
-
-def reference(
-    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
-) -> Tensor:
-    """x [..., in] -> [..., out], on any device."""
-    _check(x, weight, weight_mask, weight_rows, in_features, bias)
-    return F.linear(x, expand(weight, weight_mask, weight_rows, in_features), bias)
-
-
-def _linear_cpu(
-    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
-) -> Tensor:
-    _check(x, weight, weight_mask, weight_rows, in_features, bias)
-    if not weight_mask.numel():
-        return reference(x, weight, weight_mask, weight_rows, in_features, bias)
-    backend = select(x.device, weight.dtype, x.numel() // in_features).backend
-    if backend == "cpu":
+        return reference(x, *args)
+    if tokens <= CPU_TOKENS:
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
-    if backend == "reference":
-        return reference(x, weight, weight_mask, weight_rows, in_features, bias)
     slab = max(1, SLAB // in_features)
     parts = []
     for first in range(0, len(weight_mask), slab):
@@ -96,18 +158,35 @@ def _linear_cpu(
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _linear_fake(
-    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
-) -> Tensor:
-    _check(x, weight, weight_mask, weight_rows, in_features, bias)
-    return x.new_empty(*x.shape[:-1], weight_mask.shape[0])
+def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
+    compressed, bias = _split(args)
+    _check(x, compressed, bias)
+    matrix = compressed.for_cuda()
+    if matrix is None:
+        return reference(x, *args)
+    launch = cuda.plan(matrix, x.numel() // matrix.in_features, x.device.index)
+    if launch is None:
+        return F.linear(x, cuda.expand(matrix), bias)
+    y = cuda.linear(launch, x.reshape(-1, matrix.in_features), matrix, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _check(
-    x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, bias: Tensor | None
-) -> None:
+def _linear_fake(x: Tensor, *args: Any) -> Tensor:
+    matrix, bias = _split(args)
+    _check(x, matrix, bias)
+    return x.new_empty(*x.shape[:-1], matrix.weight_mask.shape[0])
+
+
+def _split(args: tuple) -> tuple[_Matrix, Tensor | None]:
+    """The arguments of `linear` after x."""
+    return _Matrix(*args[:4], *args[5:]), args[4]
+
+
+def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
-    for name, tensor in (("weight_mask", weight_mask), ("weight_rows", weight_rows), ("bias", bias), ("x", x)):
+    weight, weight_mask, weight_rows, in_features, _, overflow, starts = matrix
+    others = {"weight_mask": weight_mask, "weight_rows": weight_rows, "overflow": overflow, "starts": starts}
+    for name, tensor in (*others.items(), ("bias", bias), ("x", x)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {weight.device}: move one.")
     for name, tensor in (("bias", bias), ("x", x)):
@@ -120,6 +199,18 @@ def _check(
         raise ValueError(f"weight_mask is {_describe(weight_mask)}: must be uint8 [out, {-(-in_features // 8)}].")
     if weight_rows is not None and (weight_rows.dtype != torch.int64 or weight_rows.shape != (rows + 1,)):
         raise ValueError(f"weight_rows is {_describe(weight_rows)}: must be int64 [{rows + 1}].")
+    if (overflow is None) != (starts is None):
+        raise ValueError("overflow and starts belong together: give both or none.")
+    if overflow is not None and starts is not None:
+        places = (rows * -(-in_features // slots.STEP) + 1,)
+        if weight.dim() != 2 or in_features % 32 or weight.shape[1] % (in_features // 8):
+            raise ValueError(
+                f"weight is {_describe(weight)}: must be [{rows}, 4 n for each 32 of {in_features} inputs]."
+            )
+        if overflow.dtype != torch.int32 or starts.dtype != torch.int32 or starts.shape != places:
+            raise ValueError(
+                f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(places)}."
+            )
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
 
@@ -129,28 +220,35 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, weight, weight_mask, weight_rows, ctx.in_features, _ = inputs
-    if weight.requires_grad:
+    matrix, _ = _split(inputs[1:])
+    if matrix.weight.requires_grad:
         raise ValueError(
             "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
             "(weight.requires_grad_(False)) and train adapters."
         )
-    ctx.save_for_backward(weight, weight_mask, weight_rows)
+    ctx.save_for_backward(*[part for part in matrix if isinstance(part, Tensor)])
+    ctx.matrix = [None if isinstance(part, Tensor) else part for part in matrix]
+    ctx.tensors = [isinstance(part, Tensor) for part in matrix]
+    ctx.inputs = len(inputs)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    for_x, for_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-    return (
-        gradient @ expand(*ctx.saved_tensors, ctx.in_features) if for_x else None,
-        *(None, None, None, None),
-        gradient.reshape(-1, gradient.shape[-1]).sum(0) if for_bias else None,
-    )
+    saved = iter(ctx.saved_tensors)
+    matrix = [next(saved) if tensor else part for part, tensor in zip(ctx.matrix, ctx.tensors, strict=True)]
+    gradients: list[Tensor | None] = [None] * ctx.inputs
+    if ctx.needs_input_grad[0]:
+        gradients[0] = gradient @ expand(*matrix)
+    if ctx.needs_input_grad[5]:
+        gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return tuple(gradients)
 
 
 _LIBRARY.impl("expand", _expand_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("expand", _expand_cpu, "CPU")
+_LIBRARY.impl("expand", _expand_cuda, "CUDA")
 _LIBRARY.impl("linear", reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("linear", _linear_cuda, "CUDA")
 torch.library.register_fake("optimum_sparse::expand", _expand_fake, lib=_LIBRARY)
 torch.library.register_fake("optimum_sparse::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_autograd("optimum_sparse::linear", _backward, setup_context=_save, lib=_LIBRARY)

@@ -1,25 +1,31 @@
 """A linear layer whose weight stays compressed in memory."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core import Pattern
-from ..formats import bitmask
-from ..kernels.linear import expand, linear
+from ..core import NM, Pattern
+from ..formats import bitmask, slots
+from ..kernels.linear import expand, linear, needs_packing
 from ..kernels.precision import as_multiplied
 
 
 class SparseLinear(nn.Module):
-    """`nn.Linear` that holds the tensors of `formats.bitmask` as they are on disk: its state dict is the disk format.
+    """`nn.Linear` that holds the tensors of `formats.bitmask`: its state dict is the disk format.
 
     The forward pass is `kernels.linear`: a kernel where there is one, else the weight is expanded and let go again.
+    Where CUDA kernels want the values in another order, `pack` moves them, whenever the layer comes to such a device,
+    and `unpack` moves them back when it leaves; the state dict stays the same.
     """
 
     weight: nn.Parameter
     weight_mask: Tensor
     weight_rows: Tensor | None  # unstructured only
+    overflow: Tensor | None  # packed only: formats.slots
+    starts: Tensor | None
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -36,6 +42,8 @@ class SparseLinear(nn.Module):
         self.out_features = out_features
         self.pattern = pattern
         self.register_buffer("weight_rows", None)
+        self.register_buffer("overflow", None, persistent=False)
+        self.register_buffer("starts", None, persistent=False)
         for name, (shape, fixed) in bitmask.layout((out_features, in_features), pattern).items():
             tensor = torch.empty(shape, dtype=fixed or dtype, device=device)
             if name == "weight":
@@ -55,11 +63,39 @@ class SparseLinear(nn.Module):
             linear.register_buffer(name, tensor)
         if bias is not None:
             linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        linear.pack()
         return linear
+
+    @property
+    def packed(self) -> bool:
+        """Whether the values lie as formats.slots has them."""
+        return self.overflow is not None
+
+    def pack(self) -> None:
+        """Move the values to where the kernels of this device want them, if they do."""
+        weight = self.weight
+        if not self.packed and needs_packing(weight.device, weight.dtype, self.pattern, self.in_features):
+            moved = slots.pack(weight.data, self.weight_mask, self.in_features)
+            weight.data, self.overflow, self.starts = moved.values, moved.overflow, moved.starts
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        if self.packed:
+            self.weight.data = self._values()
+            self.overflow = self.starts = None
+
+    def _values(self) -> Tensor:
+        """The values as they are on disk."""
+        if self.overflow is None or self.starts is None:
+            return self.weight.data
+        shape, _ = bitmask.layout((self.out_features, self.in_features), self.pattern)["weight"]
+        moved = slots.Slots(self.weight.data, self.overflow, self.starts)
+        return slots.unpack(moved, self.weight_mask, self.in_features, math.prod(shape)).view(shape)
 
     def compressed(self) -> dict[str, Tensor]:
         """The tensors of the disk format."""
-        return {"weight": self.weight.data, **dict(self.named_buffers(recurse=False))}
+        more = {"weight_mask": self.weight_mask, "weight_rows": self.weight_rows}
+        return {"weight": self._values(), **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
     def validate(self) -> None:
         """Raise ValueError unless the tensors hold exactly one matrix of this layer's shape and pattern."""
@@ -67,12 +103,37 @@ class SparseLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight [out, in], zeros in place."""
-        return expand(self.weight.detach(), self.weight_mask, self.weight_rows, self.in_features)
+        return expand(
+            self.weight.detach(), self.weight_mask, self.weight_rows, self.in_features, self._group, *self._list
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else as_multiplied(self.bias)
-        weight = as_multiplied(self.weight)
-        return linear(as_multiplied(x), weight, self.weight_mask, self.weight_rows, self.in_features, bias)
+        matrix = as_multiplied(self.weight), self.weight_mask, self.weight_rows, self.in_features
+        return linear(as_multiplied(x), *matrix, bias, self._group, *self._list)
+
+    @property
+    def _group(self) -> int:
+        return self.pattern.group if isinstance(self.pattern, NM) else 0
+
+    @property
+    def _list(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.overflow, self.starts
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SparseLinear":
+        self.unpack()
+        super()._apply(fn, recurse)
+        self.pack()
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed:
+            destination[f"{prefix}weight"] = self._values()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, pattern='{self.pattern}'"
@@ -81,3 +142,4 @@ class SparseLinear(nn.Module):
 def _validate_loaded(linear: SparseLinear, incompatible: Any) -> None:
     if not incompatible.missing_keys and not linear.weight.is_meta:
         linear.validate()
+        linear.pack()

@@ -72,7 +72,7 @@ def test_bitmask_and_sparse_linear_on_the_device(pattern):
         SparseLinear.from_dense(weight, None, pattern),
         torch.randn(3, 128, device="cuda", dtype=torch.bfloat16),
     )
-    assert torch.equal(linear(x), torch.nn.functional.linear(x, weight))
+    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -89,7 +89,8 @@ def test_prune_on_load_save_and_load_compressed(method, dtype, tiny_llama, tmp_p
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     small = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda", run_compressed=True)
     assert torch.equal(dense(ids).logits, model(ids).logits)
-    torch.testing.assert_close(small(ids).logits, dense(ids).logits)
+    close = {} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    torch.testing.assert_close(small(ids).logits, dense(ids).logits, **close)
     assert small.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, 13)
 
 

@@ -276,14 +276,14 @@ def test_bad_inputs_are_named():
 
 def test_select_says_what_runs_and_why():
     for tokens in (1, CPU_TOKENS, CPU_TOKENS + 1):
-        choice = select(torch.device("cpu"), torch.bfloat16, tokens)
+        choice = select(torch.device("cpu"), torch.bfloat16, NM(2, 4), 64, tokens)
         if not BUILT:
             assert choice == ("reference", "the CPU kernel was not built")
         else:
             assert choice.backend == ("cpu" if tokens <= CPU_TOKENS else "expand")
             assert str(CPU_TOKENS) in choice.reason
-    assert select(torch.device("cpu"), torch.float64, 1).backend == "reference"
-    assert select(torch.device("meta"), torch.float32, 1).reason == "there is no kernel for meta yet"
+    assert select(torch.device("cpu"), torch.float64, NM(2, 4), 64, 1).backend == "reference"
+    assert select(torch.device("meta"), torch.float32, NM(2, 4), 64, 1).reason == "there is no kernel for meta yet"
 
 
 def test_without_the_library_the_reference_runs_after_one_warning(monkeypatch: pytest.MonkeyPatch):

@@ -9,8 +9,9 @@ from helpers import random_weight
 from torch.nn import functional as F
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
-from optimum_sparse.formats import bitmask
+from optimum_sparse.formats import bitmask, slots
 from optimum_sparse.nn import SparseLinear
+from optimum_sparse.nn import linear as linear_module
 
 
 PATTERNS = [NM(2, 4), NM(3, 5), NM(4, 8), Unstructured(0.5), Unstructured(0.3), Unstructured(0)]
@@ -138,3 +139,64 @@ def test_copies_and_pickles():
     x = torch.randn(2, 40)
     for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert torch.equal(other(x), linear(x))
+
+
+# ---- packed, which only CUDA devices ask for: the reference reads it everywhere
+
+
+@pytest.fixture
+def packing(monkeypatch: pytest.MonkeyPatch):
+    def uneven(device: torch.device, dtype: torch.dtype, pattern, in_features: int) -> bool:
+        return dtype.itemsize == 2 and not slots.even_slots(pattern, in_features) and in_features % 32 == 0
+
+    monkeypatch.setattr(linear_module, "needs_packing", uneven)
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(3, 6), NM(2, 4)], ids=str)
+def test_a_packed_layer_is_the_same_layer(pattern):
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
+    stored = bitmask.encode(weight, pattern)
+    layer = SparseLinear.from_dense(weight, torch.ones(24).bfloat16(), pattern)
+    assert layer.packed == (pattern != NM(2, 4))
+
+    def check(layer: SparseLinear) -> None:
+        assert torch.equal(layer.to_dense(), weight)
+        x = random_weight(3, 192).bfloat16()
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, weight, layer.bias))
+        layer.validate()
+        state = layer.state_dict()
+        assert set(state) == {*stored, "bias"}
+        for name, tensor in stored.items():
+            assert torch.equal(state[name], tensor)
+            assert torch.equal(layer.compressed()[name], tensor)
+
+    check(layer)
+    check(copy.deepcopy(layer))
+    layer.to(torch.float32)  # no kernel takes it: the values move back
+    assert not layer.packed
+    layer.to(torch.bfloat16)
+    assert layer.packed == (pattern != NM(2, 4))
+    check(layer)
+    other = SparseLinear.from_dense(torch.zeros_like(weight), torch.zeros(24).bfloat16(), pattern)
+    other.load_state_dict(layer.state_dict())
+    assert other.packed == layer.packed
+    check(other)
+    layer.unpack()
+    layer.unpack()
+    check(layer)
+    layer.pack()
+    layer.pack()
+    check(layer)
+
+
+@pytest.mark.usefixtures("packing")
+def test_gradients_through_a_packed_layer():
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), Unstructured(0.5))).bfloat16()
+    layer = SparseLinear.from_dense(weight, None, Unstructured(0.5))
+    assert layer.packed
+    x = random_weight(3, 192).bfloat16().requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(0).expand(3, 192).bfloat16())

@@ -1,0 +1,473 @@
+// y = x W^T for few tokens, straight from a compressed W: kept values in column order, and one bit per weight.
+//
+// Decoding waits for memory, and W has about 0.56 of its dense bytes: what keeps up with memory is free, and that is
+// some twenty instructions for each kept weight. A mask word stands for 32 columns of a row. Its highest bit is the
+// column of its last value; take both away, and the same holds for what is left. That walk brings values and columns
+// together, in one of two ways; 2:4 needs no walk:
+//
+//   gather          1 to 4 tokens. A lane holds a word and its values, and reads x at the columns it meets.
+//   multiply        more tokens. The values are written to their columns in a tile of shared memory that is then dense,
+//                   and tensor cores multiply.
+//   multiply_pairs  2:4, more tokens. Two values in four columns have six arrangements: byte permutes from a table.
+//   expand          writes the dense W.
+//
+// The layout is that of formats/slots.py: SLOTS values per word, the last ones of the word, after zeros if it has
+// fewer. What a word has more goes to a list: OVERFLOW. For 4:8, 8:16 and the like that is the disk format, for nothing
+// is left over. Whatever a damaged W holds, kernels touch no memory but its own.
+
+#include <device.cuh>
+
+struct Matrix {
+  const u16* values;    // [rows, columns / 32, SLOTS]
+  const u32* mask;      // [rows, columns / 32]
+  const u32* overflow;  // column << 16 | value, by row and column; their value bits are those that its word has too many
+  const int* starts;    // [rows * steps + 1]: where the overflow of each 1,024 columns of a row begins
+  int rows, columns;
+};
+
+struct Call {
+  Matrix w;
+  const u16* x;     // [tokens, columns]
+  const u16* bias;  // [rows] or null
+  u16* y;           // [tokens, rows]; `expand`: the dense W
+  int tokens;
+};
+
+constexpr int STEP = 32;  // words, one per lane: 1,024 columns that a warp takes at a time
+
+// ---- a word of each lane, and the overflow of all of them
+
+template <int SLOTS, bool OVERFLOW>
+struct Words {
+  u32 bits;
+  u32 values[SLOTS / 2];
+  int begin, count;  // overflow of the step
+  u32 extra[2];      // the first two of a lane: there are rarely more than 64 in a step
+  int ahead[2];      // where the overflow of the step after begins and ends
+
+  // Asks where the overflow of a step is: `fetch` of that step comes next, and must not wait for it.
+  __device__ __forceinline__ void seek(const Matrix& w, int row, int step) {
+    if constexpr (OVERFLOW) {
+      const int steps = (w.columns / 32 + STEP - 1) / STEP;
+      ahead[0] = ahead[1] = 0;
+      if (row >= w.rows || step >= steps) return;
+      ahead[0] = __ldg(w.starts + (i64)row * steps + step);
+      ahead[1] = __ldg(w.starts + (i64)row * steps + step + 1);
+    }
+  }
+
+  __device__ __forceinline__ void fetch(const Matrix& w, int row, int step, int lane) {
+    const int words = w.columns / 32, at = step * STEP + lane;
+    bits = 0;
+#pragma unroll
+    for (int i = 0; i < SLOTS / 2; i++) values[i] = 0;
+    if (row < w.rows && at < words) {
+      const i64 index = (i64)row * words + at;
+      bits = load_once(w.mask + index);
+      if (SLOTS % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < SLOTS / 8; i++) {
+          const uint4 four = load_once((const uint4*)(w.values + SLOTS * index) + i);
+          values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < SLOTS / 4; i++) {
+          const uint2 two = load_once((const uint2*)(w.values + SLOTS * index) + i);
+          values[2 * i] = two.x, values[2 * i + 1] = two.y;
+        }
+      }
+    }
+    if constexpr (OVERFLOW) {
+      begin = ahead[0], count = ahead[1] - begin;
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (lane + LANES * i < count) extra[i] = load_once(w.overflow + begin + lane + LANES * i);
+    }
+  }
+
+  template <class F>  // f(index of a value, zeros above its column's bit), and -1 with the index of a zero
+  __device__ __forceinline__ void walk(F f) const {
+    u32 left = bits;
+#pragma unroll
+    for (int i = SLOTS - 1; i >= 0; i--) {
+      const int zeros = leading_zeros(left);
+      left ^= bit_after(zeros);
+      f(i, zeros);
+    }
+  }
+
+  template <class F>  // f(entry) for the overflow that falls to this lane
+  __device__ __forceinline__ void walk_overflow(const Matrix& w, int lane, F f) const {
+    if constexpr (OVERFLOW) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (lane + LANES * i < count) f(extra[i]);
+      for (int i = lane + 2 * LANES; i < count; i += LANES) f(load_once(w.overflow + begin + i));
+    }
+  }
+};
+
+// ---- gather
+
+// x in shared memory as `gather` reads it: a word's 32 columns backwards after a zero, so that -1, which stands for no
+// bit, is safe, and lanes that read the same column of their words read from different banks. One token as fp32, more
+// as 16 bits each.
+template <bool BF16, int TOKENS>
+__device__ void spread_x(const Call& call, u32* staged) {
+  constexpr int EACH = TOKENS == 4 ? 2 : 1;  // 32-bit numbers per column
+  const int columns = call.w.columns;
+  for (int i = threadIdx.x; i < columns / 32; i += blockDim.x)
+#pragma unroll
+    for (int j = 0; j < EACH; j++) staged[33 * EACH * i + j] = 0;
+  for (int i = threadIdx.x; i < columns / 8; i += blockDim.x) {
+    u32 tokens[TOKENS][4];
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) {
+      const bool there = token < call.tokens;
+      const uint4 eight = there ? __ldg((const uint4*)(call.x + (i64)token * columns) + i) : make_uint4(0, 0, 0, 0);
+      tokens[token][0] = eight.x, tokens[token][1] = eight.y, tokens[token][2] = eight.z, tokens[token][3] = eight.w;
+    }
+    u32* to = staged + EACH * (33 * (i / 4) + 32 - i % 4 * 8);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if (TOKENS == 1) {
+        to[-j] = __float_as_uint(j % 2 ? high<BF16>(tokens[0][j / 2]) : low<BF16>(tokens[0][j / 2]));
+      } else {
+#pragma unroll
+        for (int k = 0; k < EACH; k++)
+          to[k - EACH * j] = permute(tokens[2 * k][j / 2], tokens[2 * k + 1][j / 2], j % 2 ? 0x7632 : 0x5410);
+      }
+    }
+  }
+}
+
+// Adds value * x at `here`, one column as spread_x writes it.
+template <bool BF16, int TOKENS>
+__device__ __forceinline__ void add(float value, const u32* here, float* sum) {
+  if (TOKENS == 1) {
+    sum[0] += value * __uint_as_float(here[0]);
+  } else if (TOKENS == 2) {
+    sum[0] += value * low<BF16>(here[0]);
+    sum[1] += value * high<BF16>(here[0]);
+  } else {
+    const uint2 pairs = *(const uint2*)here;
+    sum[0] += value * low<BF16>(pairs.x);
+    sum[1] += value * high<BF16>(pairs.x);
+    sum[2] += value * low<BF16>(pairs.y);
+    sum[3] += value * high<BF16>(pairs.y);
+  }
+}
+
+// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
+template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
+__global__ void __launch_bounds__(512) gather(const Call call) {
+  SHARED(memory);
+  constexpr int EACH = TOKENS == 4 ? 2 : 1;
+  u32* staged = (u32*)memory;
+  const Matrix& w = call.w;
+  const int lane = threadIdx.x % LANES, warps = gridDim.x * (blockDim.x / LANES);
+  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
+  int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES, step = 0;
+  Words<SLOTS, OVERFLOW> next;
+  auto fetch = [&] {
+    next.fetch(w, row, step, lane);
+    if (step + 1 < steps) next.seek(w, row, step + 1);
+    else next.seek(w, row + warps, 0);
+  };
+  next.seek(w, row, step);
+  fetch();  // before x is staged: the first weights take longest
+  spread_x<BF16, TOKENS>(call, staged);
+  __syncthreads();
+
+  float sum[TOKENS] = {};
+  while (row < w.rows) {
+    const Words<SLOTS, OVERFLOW> now = next;
+    const int here = row, at = step * STEP + lane;
+    if (++step == steps) step = 0, row += warps;
+    fetch();
+
+    if (at < words) {
+      const u32* x = staged + EACH * (33 * at + 1);
+      now.walk([&](int i, int zeros) {
+        add<BF16, TOKENS>(i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]), x + EACH * zeros, sum);
+      });
+    }
+    now.walk_overflow(w, lane, [&](u32 entry) {
+      const int column = entry >> 16;
+      if (column < w.columns)
+        add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * (33 * (column / 32) + 32 - column % 32), sum);
+    });
+    if (step) continue;
+    const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) {
+      sum[token] = add_up(sum[token]);
+      if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
+      sum[token] = 0;
+    }
+  }
+}
+
+// ---- tensor cores
+
+constexpr int WARPS = 8;  // of a block, which share out the columns: 128 for each at a time
+
+// A lane's number is 4 r + q. Of the 128 columns that its warp multiplies at a time it has word q: of rows r and r + 8 of W
+// and of token r. Sums do not care in which order columns come, so long as it is the same order for both.
+
+// The sums of all warps meet in shared memory, [warp][token][row].
+template <bool BF16, int ROW_TILES, int TOKEN_TILES>
+__device__ __forceinline__ void finish(const Call& call, float (&sum)[ROW_TILES][TOKEN_TILES][4], float* sums) {
+  constexpr int ROWS = 16 * ROW_TILES, SUMS = 8 * TOKEN_TILES * ROWS;
+  const int warp = threadIdx.x / LANES, r = threadIdx.x % LANES / 4, token = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+    for (int k = 0; k < TOKEN_TILES; k++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        sums[warp * SUMS + (8 * k + token + j % 2) * ROWS + 16 * i + r + j / 2 * 8] = sum[i][k][j];
+  __syncthreads();
+  for (int i = threadIdx.x; i < SUMS; i += WARPS * LANES) {
+    const int row = blockIdx.x * ROWS + i % ROWS, token = blockIdx.y * 8 * TOKEN_TILES + i / ROWS;
+    if (row >= call.w.rows || token >= call.tokens) continue;
+    float total = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+#pragma unroll
+    for (int part = 0; part < WARPS; part++) total += sums[part * SUMS + i];
+    call.y[(i64)token * call.w.rows + row] = rounded<BF16>(total);
+  }
+}
+
+constexpr int X_ROW = 256 + 64;  // bytes of a token's 128 columns, and a gap that spreads tokens over banks
+
+// A warp starts to copy 128 columns of 8 * TOKEN_TILES tokens to shared memory; zeros beyond the last column. Pieces of 16
+// bytes change places within a word, so that the lanes of a token read from different banks.
+template <int TOKEN_TILES>
+__device__ __forceinline__ void stage_x(const Call& call, int first_token, int column, u32 to, int lane) {
+  const int piece = lane % 16, word = piece / 4, here = column + 8 * piece;
+#pragma unroll
+  for (int i = 0; i < 4 * TOKEN_TILES; i++) {
+    const int row = 2 * i + lane / 16, token = first_token + row;
+    const u32 at = to + row * X_ROW + word * 64 + (piece % 4 ^ word) * 16;
+    if (here >= call.w.columns) store16(at, make_uint4(0, 0, 0, 0));
+    else if (token < call.tokens) copy16(at, call.x + (i64)token * call.w.columns + here);
+  }
+  commit_copies();
+}
+
+// Columns 8 j to 8 j + 7 of word q, token r of tile k.
+__device__ __forceinline__ uint4 staged_x(u32 x, int k, int j, int r, int q) {
+  return load16(x + (8 * k + r) * X_ROW + q * 64 + (j ^ q) * 16);
+}
+
+// ---- multiply
+
+// How a warp's 1,024 columns of a row lie in shared memory once they are dense.
+struct Banks {  // every word in a bank of its own, two columns above each other: no walk gets into another's way
+  static constexpr int ROW = 64 * STEP + 16;  // bytes, and the gap that keeps rows off each other's banks
+  static __device__ __forceinline__ u32 at(u32 row, int word, int zeros) {
+    return row + 4 * word + 31 * 64 - 62 - 64 * zeros + 62 * (zeros & 1);
+  }
+  static __device__ __forceinline__ void clear(u32 row, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) store16(row + 512 * i + 16 * lane, make_uint4(0, 0, 0, 0));
+    __syncwarp();
+  }
+};
+struct Strips {  // in order, with a gap after every word
+  static constexpr int WORD = 72, ROW = WORD * STEP;
+  static __device__ __forceinline__ u32 at(u32 row, int word, int zeros) { return row + WORD * word + 62 - 2 * zeros; }
+  static __device__ __forceinline__ void clear(u32 row, int lane) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) store8(row + WORD * lane + 8 * i, 0, 0);
+  }
+};
+
+// A warp writes its words to a row of a tile, dense.
+template <class Layout, int SLOTS, bool OVERFLOW>
+__device__ __forceinline__ void write(const Words<SLOTS, OVERFLOW>& words, const Matrix& w, int step, u32 row, int lane) {
+  Layout::clear(row, lane);
+  words.walk([&](int i, int zeros) {
+    if (zeros >= 0) store2(Layout::at(row, lane, zeros), i % 2 ? words.values[i / 2] >> 16 : words.values[i / 2]);
+  });
+  if (!OVERFLOW) return;
+  __syncwarp();
+  words.walk_overflow(w, lane, [&](u32 entry) {
+    const u32 column = (entry >> 16) - 32 * STEP * step;
+    if (column < 32 * STEP) store2(Layout::at(row, column / 32, 31 - column % 32), entry);
+  });
+}
+
+// A block makes 16 * ROW_TILES columns of y for 8 * TOKEN_TILES tokens: its warps write a tile of 1,024 columns, each 2 *
+// ROW_TILES rows of it, and multiply it, each 128 columns of it.
+template <bool BF16, int SLOTS, bool OVERFLOW, int ROW_TILES, int TOKEN_TILES>
+__global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES == 1 ? 3 : 1) multiply(const Call call) {
+  SHARED(memory);
+  constexpr int MINE = 2 * ROW_TILES, TILE = 16 * Banks::ROW;
+  const Matrix& w = call.w;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
+  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
+  const int first = blockIdx.x * 16 * ROW_TILES + warp, first_token = blockIdx.y * 8 * TOKEN_TILES;
+  const u32 tiles = address(memory), mine = tiles + r * Banks::ROW + 4 * (4 * warp + q);
+  const u32 x = tiles + ROW_TILES * TILE + warp * 8 * TOKEN_TILES * X_ROW;
+
+  Words<SLOTS, OVERFLOW> rows[MINE];
+  auto fetch = [&](int i, int step) {
+    rows[i].fetch(w, first + WARPS * i, step, lane);
+    rows[i].seek(w, first + WARPS * i, step + 1);
+  };
+#pragma unroll
+  for (int i = 0; i < MINE; i++) rows[i].seek(w, first + WARPS * i, 0);
+#pragma unroll
+  for (int i = 0; i < MINE; i++) fetch(i, 0);
+  float sum[ROW_TILES][TOKEN_TILES][4] = {};
+  for (int step = 0; step < steps; step++) {
+    const bool busy = step * STEP + 4 * warp < words;
+    if (busy) stage_x<TOKEN_TILES>(call, first_token, 32 * (step * STEP + 4 * warp), x, lane);
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+      write<Banks>(rows[i], w, step, tiles + (warp + WARPS * i) * Banks::ROW, lane);
+      if (step + 1 < steps) fetch(i, step + 1);
+    }
+    wait_copies<0>();
+    __syncthreads();
+    if (busy) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        u32 a[ROW_TILES][2][4];  // [tile][row r, r + 8][columns 8 j and 8 j + 1, ...]
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+          for (int n = 0; n < 8; n++)
+            a[i][n / 4][n % 4] = load4(mine + i * TILE + n / 4 * 8 * Banks::ROW + (4 * j + n % 4) * 128);
+#pragma unroll
+        for (int k = 0; k < TOKEN_TILES; k++) {
+          const uint4 b = staged_x(x, k, j, r, q);
+#pragma unroll
+          for (int i = 0; i < ROW_TILES; i++) {
+            mma<BF16>(sum[i][k], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b.x, b.y);
+            mma<BF16>(sum[i][k], a[i][0][2], a[i][1][2], a[i][0][3], a[i][1][3], b.z, b.w);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+  finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
+}
+
+// ---- multiply_pairs
+
+// The bits of a group of 2:4 to selectors of `permute`, which bring its two values to their columns: for the first two
+// columns, and in the high half for the other two.
+__device__ __forceinline__ u32 pair_selectors(u32 bits) {
+  const u32 first = bits & 3, rest = bits >> 2 & 3;
+  const u32 one = first == 0 ? 0x4444 : first == 1 ? 0x4410 : first == 2 ? 0x1044 : 0x3210;
+  const u32 two = rest == 0 ? 0x4444 : rest == 1 ? 0x4432 : rest == 2 ? 0x3244 : 0x3210;
+  return one | two << 16;
+}
+
+// As `multiply`, but every lane makes what it multiplies itself.
+template <bool BF16, int ROW_TILES, int TOKEN_TILES>
+__global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call) {
+  SHARED(memory);
+  const Matrix& w = call.w;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
+  const int words = w.columns / 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
+  u32* selectors = (u32*)memory;
+  constexpr int X = 8 * TOKEN_TILES * X_ROW;
+  const u32 staged = address(memory) + 64 + warp * 2 * X;
+  if (threadIdx.x < 16) selectors[threadIdx.x] = pair_selectors(threadIdx.x);
+
+  struct Piece {
+    u32 bits;
+    uint4 first, second;
+  };
+  Piece next[ROW_TILES][2];  // [tile][row r, r + 8]
+  auto fetch = [&](int span) {
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i++) {
+      const int row = blockIdx.x * 16 * ROW_TILES + 8 * i + r, at = 4 * span + q;
+      Piece& piece = next[i / 2][i % 2];
+      piece = {};
+      if (row < w.rows && at < words) {
+        const i64 index = (i64)row * words + at;
+        piece.bits = load_once(w.mask + index);
+        piece.first = load_once((const uint4*)w.values + 2 * index);
+        piece.second = load_once((const uint4*)w.values + 2 * index + 1);
+      }
+    }
+  };
+  fetch(warp);
+  stage_x<TOKEN_TILES>(call, first_token, 128 * warp, staged, lane);
+  __syncthreads();
+  float sum[ROW_TILES][TOKEN_TILES][4] = {};
+  for (int span = warp; 4 * span < words; span += WARPS) {
+    const u32 x = staged + span / WARPS % 2 * X;
+    Piece now[ROW_TILES][2];
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i++) now[i / 2][i % 2] = next[i / 2][i % 2];
+    fetch(span + WARPS);
+    __syncwarp();  // all lanes are done with the half that is written next
+    stage_x<TOKEN_TILES>(call, first_token, 128 * (span + WARPS), staged + (span / WARPS + 1) % 2 * X, lane);
+    wait_copies<1>();
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 4; j++) {  // 8 columns: two groups
+      u32 a[ROW_TILES][2][4];      // [tile][row r, r + 8][columns 8 j and 8 j + 1, ...]
+#pragma unroll
+      for (int i = 0; i < ROW_TILES; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const Piece& piece = now[i][half];
+          const u32 values[8] = {piece.first.x,  piece.first.y,  piece.first.z,  piece.first.w,
+                                 piece.second.x, piece.second.y, piece.second.z, piece.second.w};
+#pragma unroll
+          for (int group = 0; group < 2; group++) {
+            const u32 value = values[2 * j + group], how = selectors[piece.bits >> (8 * j + 4 * group) & 15];
+            a[i][half][2 * group] = permute(value, 0, how);
+            a[i][half][2 * group + 1] = permute(value, 0, how >> 16);
+          }
+        }
+#pragma unroll
+      for (int k = 0; k < TOKEN_TILES; k++) {
+        const uint4 b = staged_x(x, k, j, r, q);
+#pragma unroll
+        for (int i = 0; i < ROW_TILES; i++) {
+          mma<BF16>(sum[i][k], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b.x, b.y);
+          mma<BF16>(sum[i][k], a[i][0][2], a[i][1][2], a[i][0][3], a[i][1][3], b.z, b.w);
+        }
+      }
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+  finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
+}
+
+// ---- expand
+
+// A warp writes every n-th step.
+template <int SLOTS, bool OVERFLOW>
+__global__ void __launch_bounds__(WARPS * LANES) expand(const Call call) {
+  SHARED(memory);
+  const Matrix& w = call.w;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, steps = (w.columns / 32 + STEP - 1) / STEP;
+  const u32 tile = address(memory) + warp * Strips::ROW;
+  const int total = w.rows * steps, stride = gridDim.x * WARPS;
+  int i = blockIdx.x * WARPS + warp;
+  Words<SLOTS, OVERFLOW> next;
+  next.seek(w, i / steps, i % steps);
+  next.fetch(w, i / steps, i % steps, lane);
+  for (; i < total; i += stride) {
+    const int row = i / steps, step = i % steps, begin = 32 * STEP * step, columns = min(32 * STEP, w.columns - begin);
+    next.seek(w, (i + stride) / steps, (i + stride) % steps);
+    write<Strips>(next, w, step, tile, lane);
+    next.fetch(w, (i + stride) / steps, (i + stride) % steps, lane);
+    __syncwarp();
+    uint2* to = (uint2*)(call.y + (i64)row * w.columns + begin);
+    for (int j = lane; j < columns / 4; j += LANES) to[j] = load8(tile + j / 8 * Strips::WORD + j % 8 * 8);
+    __syncwarp();
+  }
+}

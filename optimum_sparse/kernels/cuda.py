@@ -1,0 +1,229 @@
+"""The CUDA kernels, cuda.cu: compiled for the GPU at hand when first used, in tenths of a second, and launched."""
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+logger = logging.getLogger(__name__)
+
+TYPES = {torch.bfloat16: "true", torch.float16: "false"}
+CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
+MOST_TOKENS = 64
+TILE_ROW, STRIP_ROW, X_ROW = 2048 + 16, 72 * 32, 256 + 64  # bytes, as in cuda.cu
+
+
+class Launch(NamedTuple):
+    """A kernel by its name in cuda.cu, and the blocks that run it; `shared` is in bytes."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+
+
+class Matrix(NamedTuple):
+    """A compressed W on a GPU, as formats.slots has it; a list of overflow where words differ in their counts."""
+
+    values: Tensor
+    mask: Tensor
+    overflow: Tensor | None
+    starts: Tensor | None
+    in_features: int
+    pairs: bool  # 2:4: two of every four columns
+
+    @property
+    def slots(self) -> int:
+        return self.values.shape[1] * 32 // self.in_features
+
+    @property
+    def template(self) -> str:
+        return f"{self.slots},{'false' if self.overflow is None else 'true'}"
+
+
+@functools.cache
+def unavailable(device: int) -> str | None:
+    """Why the kernels cannot run on a CUDA device, if so; logged once."""
+    reason = None
+    if torch.version.hip is not None:
+        reason = "the kernels are CUDA, this is ROCm"
+    elif torch.cuda.get_device_capability(device) < CAPABILITY:
+        reason = (
+            f"{torch.cuda.get_device_name(device)} is older than compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+        )
+    else:
+        try:
+            _function("expand<16,false>", device)
+        except (ImportError, RuntimeError, OSError) as error:
+            reason = f"the kernels could not be compiled: {error}"
+    if reason:
+        logger.warning("compressed layers run without a kernel, slower than dense ones: %s.", reason)
+    return reason
+
+
+def refuses(device: torch.device, dtype: torch.dtype, in_features: int) -> str | None:
+    """Why the kernels do not take such a weight, or None."""
+    if dtype not in TYPES:
+        return f"the CUDA kernels do not take {dtype}"
+    if in_features % 32:
+        return f"the CUDA kernels need a number of inputs that 32 divides, not {in_features}"
+    return unavailable(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def kernel(tokens: int, pairs: bool, overflow: bool) -> str | None:
+    """The kernel that is fastest, by measurement; None beyond all."""
+    if tokens > MOST_TOKENS:
+        return None
+    if tokens <= 2 or (overflow and tokens <= 4):
+        return "gather"
+    return "multiply_pairs" if pairs else "multiply"
+
+
+def plan(matrix: Matrix, tokens: int, device: int) -> Launch | None:
+    """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
+    processors, most_shared = _limits(device)
+    rows, words, bf16 = len(matrix.mask), matrix.in_features // 32, TYPES[matrix.values.dtype]
+    name = kernel(tokens, matrix.pairs, matrix.overflow is not None)
+    if name is None or not tokens:
+        return None
+    if name == "gather":
+        staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
+        warps = min(16, -(-rows // (2 * processors)))
+        shared = 33 * 4 * words * (2 if staged == 4 else 1)
+        if shared <= most_shared:
+            blocks = min(-(-rows // warps), 2 * processors)
+            return Launch(f"gather<{bf16},{staged},{matrix.template}>", (blocks, 1), 32 * warps, shared)
+    row_tiles = 2 if matrix.overflow is None or tokens > 16 else 1
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    staged, sums = 64 * token_tiles * X_ROW, 1024 * row_tiles * token_tiles * 4
+    if matrix.pairs:
+        name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
+    else:
+        name, shared = f"multiply<{bf16},{matrix.template}", row_tiles * 16 * TILE_ROW + staged
+    grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
+    launch = Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums))
+    return launch if launch.shared <= most_shared else None
+
+
+def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] -> [tokens, out] by what `plan` says."""
+    y = x.new_empty(len(x), len(matrix.mask))
+    _launch(launch, matrix, x, bias, y)
+    return y
+
+
+def expand(matrix: Matrix) -> Tensor:
+    """The dense W [out, in]."""
+    rows = len(matrix.mask)
+    dense = matrix.values.new_empty(rows, matrix.in_features)
+    processors, _ = _limits(dense.device.index)
+    blocks = min(-(-rows * -(-matrix.in_features // 1024) // 8), 8 * processors)
+    _launch(Launch(f"expand<{matrix.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
+    return dense
+
+
+class _Call(ctypes.Structure):
+    """`Call` of cuda.cu."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("overflow", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("tokens", ctypes.c_int32),
+    )
+
+
+def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+    tensors = [None if t is None else _aligned(t) for t in (*matrix[:4], x, bias)]
+    values, mask, overflow, starts, x_at, bias_at = [None if t is None else t.data_ptr() for t in tensors]
+    size = len(matrix.mask), matrix.in_features
+    call = _Call(values, mask, overflow, starts, *size, x_at, bias_at, y.data_ptr(), 0 if x is None else len(x))
+    _run(launch, call, y.device)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, contiguous, from an address that loads of 16 bytes can take."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _run(launch: Launch, call: _Call, device: torch.device) -> None:
+    from cuda.bindings import driver
+
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(launch, call, device)
+    function = _function(launch.kernel, device.index)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
+    block = launch.threads, 1, 1
+    _check(
+        driver.cuLaunchKernel(function, *launch.grid, 1, *block, launch.shared, stream, ctypes.addressof(arguments), 0)
+    )
+    return None
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    """Processors, and bytes of shared memory that a block can have."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return properties.multi_processor_count, shared
+
+
+@functools.cache
+def _function(kernel: str, device: int) -> Any:
+    """The kernel as a CUfunction of a device, allowed all shared memory that there is."""
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().query()  # now there is a context
+        code, name = _compile(kernel, *torch.cuda.get_device_capability(device))
+        library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        function = _check(driver.cuKernelGetFunction(_check(driver.cuLibraryGetKernel(library, name))))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, attribute, _limits(device)[1]))
+    return function
+
+
+@functools.cache
+def _compile(kernel: str, major: int, minor: int) -> tuple[bytes, bytes]:
+    """Machine code for a compute capability, and the kernel's name in it."""
+    from cuda.bindings import nvrtc
+
+    here = Path(__file__).parent
+    source, header = (here / "cuda.cu").read_bytes(), (here / "device.cuh").read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(source, b"cuda.cu", 1, [header], [b"device.cuh"]))
+    try:
+        _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
+        options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--std=c++17"]
+        try:
+            _check(nvrtc.nvrtcCompileProgram(program, len(options), options))
+        except RuntimeError as error:
+            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{error}: {log.decode(errors='replace')}") from error
+        code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+        _check(nvrtc.nvrtcGetCUBIN(program, code))
+        return code, _check(nvrtc.nvrtcGetLoweredName(program, kernel.encode()))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _check(result: tuple) -> Any:
+    """What a call of the CUDA bindings returned beside its status."""
+    status, *values = result
+    if status.value:
+        raise RuntimeError(status.name)
+    return values[0] if values else None

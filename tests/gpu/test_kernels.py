@@ -1,0 +1,207 @@
+"""The CUDA kernels on a GPU: every pattern, dtype, number of tokens; and models that run on them."""
+
+import copy
+
+import pytest
+import torch
+from models import make_config, make_model
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, StaticCache
+
+from optimum_sparse import Pruner
+from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
+from optimum_sparse.kernels import cuda
+from optimum_sparse.kernels.linear import linear, reference, select
+from optimum_sparse.nn import SparseLinear
+
+
+pytestmark = pytest.mark.gpu
+PATTERNS = [NM(2, 4), NM(1, 2), NM(4, 8), NM(16, 32), NM(3, 4), NM(1, 8), NM(3, 6), NM(1, 16)]
+PATTERNS += [Unstructured(0.3), Unstructured(0.5), Unstructured(0.6), Unstructured(0.97)]
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def sparse(shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> torch.Tensor:
+    weight = torch.randn(shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    weight = weight * keep_mask(weight.abs(), pattern)
+    if isinstance(pattern, Unstructured) and pattern.sparsity > 0.5:
+        weight[::3] = 0
+    return weight.to(dtype)
+
+
+def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    assert ((y.double() - wanted).abs() / size.clamp(min=1e-30)).max() < TOLERANCE[weight.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_against_float64(pattern: Pattern, dtype: torch.dtype):
+    for shape in ((37, 96), (257, 1536), (1000, 4128)):
+        weight = sparse(shape, pattern, dtype)
+        layer = SparseLinear.from_dense(weight, torch.randn(shape[0], device="cuda", dtype=dtype), pattern)
+        assert torch.equal(layer.to_dense(), weight)
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 300):
+            x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+            poison = torch.full((tokens, shape[0]), float("nan"), device="cuda", dtype=dtype)
+            del poison
+            check(layer(x), x, weight, layer.bias)
+            assert select(weight.device, dtype, pattern, shape[1], tokens).backend != "reference"
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_rows_too_wide_for_shared_memory(pattern: Pattern):
+    weight = sparse((19, 65536), pattern, torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    for tokens in (1, 4, 8):
+        x = torch.randn(tokens, 65536, device="cuda").bfloat16()
+        check(layer(x), x, weight, None)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_what_the_kernels_do_not_take_runs_through_the_reference(pattern: Pattern):
+    for shape, dtype in (((12, 64), torch.float32), ((12, 64), torch.float64), ((12, 72), torch.bfloat16)):
+        if isinstance(pattern, NM) and shape[1] % pattern.group:
+            continue
+        weight = sparse(shape, pattern, dtype)
+        layer = SparseLinear.from_dense(weight, None, pattern)
+        x = torch.randn(3, shape[1], device="cuda", dtype=dtype)
+        torch.testing.assert_close(layer(x), F.linear(x, weight))
+        assert select(weight.device, dtype, pattern, shape[1], 3).backend == "reference"
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_a_layer_that_moves(pattern: Pattern):
+    weight = sparse((40, 192), pattern, torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    assert layer.packed == isinstance(pattern, Unstructured)
+    state = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(2, 192, device="cuda").bfloat16()
+    y = layer(x)
+    for other in (copy.deepcopy(layer), layer.cpu().cuda(), layer.half().bfloat16()):
+        assert other.packed == isinstance(pattern, Unstructured)
+        assert all(torch.equal(state[name], tensor.cpu()) for name, tensor in other.state_dict().items())
+        if other.weight.dtype == weight.dtype and torch.equal(other.to_dense(), weight):
+            assert torch.equal(other(x), y)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_gradients_and_tracers(pattern: Pattern):
+    weight = sparse((40, 192), pattern, torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, torch.randn(40, device="cuda").bfloat16(), pattern)
+    for tokens in (1, 8, 80):
+        x = torch.randn(tokens, 192, device="cuda").bfloat16().requires_grad_()
+        layer(x).float().square().sum().backward()
+        y = F.linear(x.detach(), weight, layer.bias)
+        wanted = (2 * y.float()).bfloat16() @ weight
+        torch.testing.assert_close(x.grad, wanted, rtol=2e-2, atol=2e-1)
+    arguments = layer.weight, layer.weight_mask, layer.weight_rows, 192, layer.bias, layer._group, *layer._list
+    torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (x.detach(), *arguments))
+    torch.testing.assert_close(reference(x, *arguments), linear(x, *arguments), rtol=2e-2, atol=2e-2)
+
+
+def test_wrong_devices_are_named():
+    layer = SparseLinear.from_dense(sparse((40, 192), NM(2, 4), torch.bfloat16), None, NM(2, 4))
+    with pytest.raises(ValueError, match=r"x is on cpu, the compressed weight on cuda:0: move one"):
+        layer(torch.zeros(1, 192).bfloat16())
+    with pytest.raises(ValueError, match=r"x is torch.float16, the compressed weight torch.bfloat16"):
+        layer(torch.zeros(1, 192, device="cuda").half())
+
+
+def test_a_side_stream_and_a_cuda_graph():
+    weight = sparse((512, 1024), Unstructured(0.5), torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, None, Unstructured(0.5))
+    x = torch.randn(2, 1024, device="cuda").bfloat16()
+    wanted = layer(x)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        y = layer(x)
+    side.synchronize()
+    assert torch.equal(y, wanted)
+    graph = torch.cuda.CUDAGraph()
+    held = torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        y = layer(held)
+    held.copy_(x)
+    graph.replay()
+    assert torch.equal(y, wanted)
+
+
+def test_without_the_cuda_bindings_the_reference_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def missing(kernel: str, device: int) -> None:
+        raise ImportError("no module named cuda")
+
+    cuda.unavailable.cache_clear()
+    monkeypatch.setattr(cuda, "_function", missing)
+    try:
+        weight = sparse((40, 192), Unstructured(0.5), torch.bfloat16)
+        layer = SparseLinear.from_dense(weight, None, Unstructured(0.5))
+        assert not layer.packed
+        x = torch.randn(2, 192, device="cuda").bfloat16()
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), F.linear(x, weight))
+        assert len([record for record in caplog.records if "without a kernel" in record.message]) == 1
+    finally:
+        cuda.unavailable.cache_clear()
+
+
+# ---- models
+
+
+@pytest.fixture(params=["2:4", "16:32", "unstructured", "3:4"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path):
+    """A pruned model on disk, and its greedy text."""
+    model = make_model("llama", hidden_size=128, intermediate_size=192).cuda().bfloat16()
+    Pruner(model).prune(make_config("magnitude", request.param))
+    model.save_pretrained(tmp_path / "sparse")
+    return tmp_path / "sparse"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_generate(checkpoint, dtype, tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cuda", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cuda", dtype=dtype, run_compressed=True)
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert layers
+    if dtype == torch.bfloat16:
+        model.save_pretrained(tmp_path / "again")
+        for name in ("model.safetensors",):
+            assert (tmp_path / "again" / name).read_bytes() == (checkpoint / name).read_bytes()
+    ids = torch.randint(0, 60, (3, 7), device="cuda")
+    for more in (ids, ids[:1], ids[:1, :1], ids.repeat(30, 1)):
+        torch.testing.assert_close(model(more).logits, dense(more).logits, rtol=5e-2, atol=5e-2)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, **arguments)
+    assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **arguments), wanted)
+    model.dequantize()
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits)
+
+
+def test_compiled_and_in_a_cuda_graph(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, device_map="cuda", dtype=torch.bfloat16, run_compressed=True
+    )
+    ids = torch.randint(0, 60, (1, 1), device="cuda")
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, wanted, rtol=5e-2, atol=5e-2)
+
+        cache = StaticCache(model.config, max_cache_len=16)
+        position = torch.tensor([0], device="cuda")
+
+        def step() -> torch.Tensor:
+            cache.reset()
+            return model(ids, past_key_values=cache, position_ids=position[None]).logits
+
+        for _ in range(2):
+            eager = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        graph.replay()
+        torch.testing.assert_close(y, eager, rtol=0, atol=0)

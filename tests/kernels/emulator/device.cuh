@@ -1,0 +1,254 @@
+// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and a block's fibers take turns at barriers.
+// Copies land when they are waited for, not before; accesses of shared memory by address are checked.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef long long i64;
+typedef unsigned long long u64;
+using std::min;
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 {
+  u32 x, y;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+struct Index {
+  int x, y;
+};
+
+constexpr int LANES = 32;
+constexpr u32 ALL = 0xffffffff;
+
+// ---- fibers
+
+struct Barrier {
+  int members = 0, arrived = 0, turn = 0;
+};
+struct Copy {
+  u32 to;
+  const void* from;
+};
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  std::deque<std::vector<Copy>> copies{1};  // the last group is not committed
+};
+struct Warp {
+  Barrier barrier;
+  u64 lane[LANES][6];
+};
+
+inline Index blockIdx, blockDim, gridDim, threadIdx;
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline Barrier block;
+inline std::vector<char> shared;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "block %d thread %d: %s\n", blockIdx.x, threadIdx.x, what);
+  std::abort();
+}
+inline Fiber& self() { return fibers[threadIdx.x]; }
+inline Warp& my_warp() { return warps[threadIdx.x / LANES]; }
+inline void wait_at(Barrier& barrier) {
+  const int turn = barrier.turn;
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    barrier.turn++;
+    return;
+  }
+  while (barrier.turn == turn) swapcontext(&self().context, &scheduler);
+}
+inline void enter() {
+  body();
+  self().done = true;
+  swapcontext(&self().context, &scheduler);
+}
+
+// Runs `kernel` for every thread of every block.
+inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, std::function<void()> kernel) {
+  gridDim = {blocks_x, blocks_y}, blockDim = {threads, 1};
+  body = std::move(kernel);
+  for (blockIdx.y = 0; blockIdx.y < blocks_y; blockIdx.y++)
+    for (blockIdx.x = 0; blockIdx.x < blocks_x; blockIdx.x++) {
+      shared.assign(shared_bytes + 16, (char)0xaa);
+      fibers = std::vector<Fiber>(threads);
+      warps = std::vector<Warp>(threads / LANES);
+      block = {threads};
+      for (Warp& warp : warps) warp.barrier = {LANES};
+      for (Fiber& fiber : fibers) {
+        constexpr size_t STACK = 1 << 16;
+        fiber.stack.reset(new char[STACK]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+      }
+      for (int left = threads; left;) {
+        left = 0;
+        for (int i = 0; i < threads; i++) {
+          if (fibers[i].done) continue;
+          threadIdx = {i, 0};
+          swapcontext(&scheduler, &fibers[i].context);
+          left += !fibers[i].done;
+        }
+      }
+    }
+}
+
+inline void __syncthreads() { wait_at(block); }
+inline void __syncwarp() { wait_at(my_warp().barrier); }
+
+// ---- device.cuh
+
+inline char* shared_memory() { return (char*)(((uintptr_t)shared.data() + 15) / 16 * 16); }
+#define SHARED(name) char* name = shared_memory()
+inline char* checked(u32 at, u32 bytes) {
+  if (at % bytes) fail("misaligned access of shared memory");
+  if (at + bytes > shared.size() - 16) fail("access beyond shared memory");
+  return shared_memory() + at;
+}
+
+inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
+inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
+inline u32 permute(u32 a, u32 b, u32 selector) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) result |= (u32)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+inline float __uint_as_float(u32 x) { return *(float*)&x; }
+inline u32 __float_as_uint(float x) { return *(u32*)&x; }
+template <bool BF16>
+inline float to_float(u16 x) {
+  if (BF16) return __uint_as_float((u32)x << 16);
+  const int exponent = x >> 10 & 31, fraction = x & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
+                                    : std::ldexp((float)fraction, -24);
+  return x >> 15 ? -size : size;
+}
+template <bool BF16>
+inline float low(u32 pair) {
+  return to_float<BF16>(pair & 0xffff);
+}
+template <bool BF16>
+inline float high(u32 pair) {
+  return to_float<BF16>(pair >> 16);
+}
+template <bool BF16>
+inline u16 rounded(float x) {
+  const u32 bits = __float_as_uint(x);
+  if (BF16) return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const u16 sign = bits >> 16 & 0x8000;
+  if (std::isnan(x)) return 0x7fff;
+  if (x == 0) return sign;
+  int exponent;
+  std::frexp(x, &exponent);
+  const int scale = std::max(exponent - 11, -24);  // of the last bit
+  const float steps = std::nearbyint(std::ldexp(std::fabs(x), -scale));
+  if (std::ldexp(steps, scale) >= 65520) return sign | 0x7c00;
+  if (scale == -24) return sign | (u16)steps;  // runs over into the normal numbers as it should
+  return sign | (u16)(((scale + 24) << 10) + (u16)steps);
+}
+
+template <class T>
+inline T load_once(const T* p) {
+  if ((uintptr_t)p % sizeof(T)) fail("misaligned load");
+  return *p;
+}
+template <class T>
+inline T __ldg(const T* p) {
+  return load_once(p);
+}
+inline u32 address(const void* p) { return (const char*)p - shared_memory(); }
+inline void store2(u32 at, u16 x) { std::memcpy(checked(at, 2), &x, 2); }
+inline void store8(u32 at, u32 x, u32 y) {
+  std::memcpy(checked(at, 8), &x, 4);
+  std::memcpy(checked(at, 8) + 4, &y, 4);
+}
+inline void store16(u32 at, uint4 x) { std::memcpy(checked(at, 16), &x, 16); }
+inline u32 load4(u32 at) {
+  u32 x;
+  std::memcpy(&x, checked(at, 4), 4);
+  return x;
+}
+inline uint2 load8(u32 at) {
+  uint2 x;
+  std::memcpy(&x, checked(at, 8), 8);
+  return x;
+}
+inline uint4 load16(u32 at) {
+  uint4 x;
+  std::memcpy(&x, checked(at, 16), 16);
+  return x;
+}
+inline void copy16(u32 to, const void* from) {
+  if ((uintptr_t)from % 16) fail("misaligned copy");
+  checked(to, 16);
+  self().copies.back().push_back({to, from});
+}
+inline void commit_copies() { self().copies.emplace_back(); }
+template <int LATER>
+inline void wait_copies() {
+  for (auto& copies = self().copies; copies.size() > LATER + 1; copies.pop_front())
+    for (const Copy& copy : copies.front()) std::memcpy(checked(copy.to, 16), copy.from, 16);
+}
+
+// What each lane of the warp passes, at [lane][i].
+template <class... T>
+inline u64 (*exchange(T... mine))[6] {
+  const u64 values[] = {(u64)mine...};
+  __syncwarp();
+  std::memcpy(my_warp().lane[threadIdx.x % LANES], values, sizeof values);
+  __syncwarp();
+  return my_warp().lane;
+}
+inline float add_up(float x) {
+  for (int distance = LANES / 2; distance; distance /= 2)
+    x += __uint_as_float(exchange(__float_as_uint(x))[(threadIdx.x % LANES) ^ distance][0]);
+  return x;
+}
+// PTX ISA, mma.m16n8k16: a0, a1 hold rows r, r + 8 at k = 2q, 2q + 1, a2, a3 the same at k + 8; b0, b1 column r at these.
+template <bool BF16>
+inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  auto lanes = exchange(a0, a1, a2, a3, b0, b1);
+  const int lane = threadIdx.x % LANES, r = lane / 4, q = lane % 4;
+  auto half = [](u64 pair, int i) { return (double)to_float<BF16>(pair >> 16 * i & 0xffff); };
+  for (int j = 0; j < 4; j++) {
+    const int row = r, lower = j / 2, column = 2 * q + j % 2;
+    double sum = c[j];
+    for (int k = 0; k < 16; k++) {
+      const u64* a = lanes[4 * row + k % 8 / 2];
+      const u64* b = lanes[4 * column + k % 8 / 2];
+      sum += half(a[lower + k / 8 * 2], k % 2) * half(b[4 + k / 8], k % 2);
+    }
+    c[j] = sum;
+  }
+}

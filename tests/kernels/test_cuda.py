@@ -1,0 +1,170 @@
+"""cuda.cu without a GPU: its threads are fibers on the CPU (emulator/), against float64."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_weight
+from torch.nn import functional as F
+
+from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
+from optimum_sparse.formats import bitmask, slots
+from optimum_sparse.kernels import cuda
+
+
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+PATTERNS = [NM(2, 4), NM(1, 2), NM(4, 8), NM(16, 32), NM(3, 4), NM(3, 6)]
+PATTERNS += [Unstructured(0.5), Unstructured(0.6), Unstructured(0.95)]
+KERNELS = Path(cuda.__file__).parent
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    here, built = Path(__file__).parent / "emulator", tmp_path_factory.mktemp("emulator") / "emulator.so"
+    flags = ["-O1", "-std=c++20", "-fPIC", "-shared", "-fno-strict-aliasing", f"-I{here}", f"-I{KERNELS}"]
+    subprocess.run(["g++", *flags, "-o", str(built), str(here / "emulator.cpp")], check=True)
+    found = ctypes.CDLL(str(built))
+    found.emulate.restype = ctypes.c_bool
+    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> list[cuda.Launch]:
+    """The emulator in place of the GPU: three processors."""
+    seen: list[cuda.Launch] = []
+
+    def run(launch: cuda.Launch, call: ctypes.Structure, device: torch.device) -> None:
+        seen.append(launch)
+        name = launch.kernel.encode()
+        assert library.emulate(name, *launch.grid, launch.threads, launch.shared, ctypes.addressof(call)), name
+
+    monkeypatch.setattr(cuda, "_run", run)
+    monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
+    return seen
+
+
+def compress(weight: torch.Tensor, pattern: Pattern) -> cuda.Matrix:
+    found, in_features = bitmask.encode(weight, pattern), weight.shape[1]
+    values, mask = found["weight"], found["weight_mask"]
+    if slots.even_slots(pattern, in_features):
+        return cuda.Matrix(values, mask, None, None, in_features, pattern in (NM(2, 4), NM(1, 2)))
+    packed = slots.pack(values, mask, in_features)
+    return cuda.Matrix(packed.values, mask, packed.overflow, packed.starts, in_features, False)
+
+
+def sparse(shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> torch.Tensor:
+    weight = random_weight(*shape)
+    weight = weight * keep_mask(weight.abs(), pattern)
+    if isinstance(pattern, Unstructured) and pattern.sparsity > 0.5:
+        weight[::3] = 0
+    return weight.to(dtype)
+
+
+def check(weight: torch.Tensor, matrix: cuda.Matrix, tokens: int, bias: torch.Tensor | None) -> None:
+    x = random_weight(tokens, weight.shape[1], seed=tokens).to(weight.dtype)
+    launch = cuda.plan(matrix, tokens, 0)
+    assert launch is not None
+    y = cuda.linear(launch, x, matrix, bias)
+    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    assert ((y.double() - wanted).abs() / size.clamp(min=1e-30)).max() < TOLERANCE[weight.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
+    for shape in ((37, 96), (20, 1248)):  # odd numbers of rows, parts of a warp's columns, more than one step
+        weight = sparse(shape, pattern, dtype)
+        matrix = compress(weight, pattern)
+        for tokens in (1, 2, 3, 4, 7, 8, 9, 17, 33, 64):
+            bias = random_weight(1, shape[0])[0].to(dtype) if tokens % 2 else None
+            check(weight, matrix, tokens, bias)
+    names = {launch.kernel.split("<")[0] for launch in launched}
+    assert names == {"gather", "multiply_pairs" if matrix.pairs else "multiply"}
+    assert cuda.plan(matrix, 65, 0) is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_expand_is_exact(pattern: Pattern, dtype: torch.dtype):
+    for shape in ((37, 96), (9, 2112)):
+        weight = sparse(shape, pattern, dtype)
+        assert torch.equal(cuda.expand(compress(weight, pattern)), weight)
+
+
+def test_rows_that_keep_all_and_rows_that_keep_nothing():
+    """More than 64 values too many in a step: the loop past those that a lane has ready."""
+    weight = torch.zeros(24, 1056).bfloat16()
+    weight[::2] = random_weight(12, 1056).bfloat16()
+    matrix = compress(weight, Unstructured(0.5))
+    assert torch.equal(cuda.expand(matrix), weight)
+    for tokens in (1, 4, 8, 20):
+        check(weight, matrix, tokens, None)
+
+
+def test_tensors_at_odd_addresses():
+    """Views into larger tensors, as a checkpoint's loader may give them: loads of 16 bytes need better."""
+    weight = sparse((20, 96), NM(16, 32), torch.bfloat16)
+    matrix = compress(weight, NM(16, 32))
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        padded = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        assert padded.data_ptr() % 16
+        return padded
+
+    moved = matrix._replace(values=shifted(matrix.values), mask=shifted(matrix.mask))
+    check(weight, moved, 1, shifted(random_weight(1, 20)[0].bfloat16()))
+    check(weight, moved, 8, None)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_a_damaged_mask_touches_no_foreign_memory(pattern: Pattern):
+    """The emulator ends the process at an access beyond shared memory."""
+    matrix = compress(sparse((20, 1248), pattern, torch.bfloat16), pattern)
+    for damage in (0, 255):
+        damaged = matrix._replace(mask=torch.full_like(matrix.mask, damage))
+        cuda.expand(damaged)
+        for tokens in (1, 4, 8, 16, 20):
+            launch = cuda.plan(damaged, tokens, 0)
+            assert launch is not None
+            cuda.linear(launch, torch.ones(tokens, 1248).bfloat16(), damaged, None)
+    if matrix.overflow is not None:
+        wrong = matrix._replace(overflow=torch.full_like(matrix.overflow, -1))  # column 65,535
+        cuda.expand(wrong)
+        for tokens in (1, 8):
+            launch = cuda.plan(wrong, tokens, 0)
+            assert launch is not None
+            cuda.linear(launch, torch.ones(tokens, 1248).bfloat16(), wrong, None)
+
+
+def test_the_call_is_laid_out_as_in_c():
+    """ctypes and C++ agree on every offset: else pointers would be read from the wrong place."""
+    assert ctypes.sizeof(cuda._Call) == 72
+    assert [getattr(cuda._Call, name).offset for name, _ in cuda._Call._fields_] == [
+        0,
+        8,
+        16,
+        24,
+        32,
+        36,
+        40,
+        48,
+        56,
+        64,
+    ]
+
+
+def test_a_gpu_with_little_shared_memory_gets_no_launch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
+    matrix = compress(sparse((20, 96), NM(16, 32), torch.bfloat16), NM(16, 32))
+    monkeypatch.setattr(cuda, "_limits", lambda device: (3, 48 * 1024))
+    for tokens in range(1, 65):
+        launch = cuda.plan(matrix, tokens, 0)
+        assert launch is None or launch.shared <= 48 * 1024
+    assert cuda.plan(matrix, 1, 0) is not None
+    assert cuda.plan(matrix, 64, 0) is None
