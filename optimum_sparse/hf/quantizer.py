@@ -104,6 +104,7 @@ class SparsityQuantizer(HfQuantizer):
                     module.validate()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
+                module.weight.requires_grad_(False)  # transformers makes all that it loads trainable
                 module.pack()
         elif self._decompress.problems:
             raise ValueError("; ".join(self._decompress.problems[:4]))

@@ -116,6 +116,21 @@ def test_calibration_text_uses_the_tokenizer_beside_the_model(tiny_llama):
     assert_same_weights(model, wanted)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_compressed_model_runs_outside_of_no_grad(pattern, tiny_llama, sparse_checkpoints):
+    """transformers makes every parameter that it loads trainable; compressed ones are not."""
+    config = make_config("magnitude", pattern)
+    for model in (
+        AutoModelForCausalLM.from_pretrained(sparse_checkpoints[pattern], run_compressed=True),
+        AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, run_compressed=True),
+    ):
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+        assert layers
+        assert not any(layer.weight.requires_grad for layer in layers)
+        model(torch.arange(9)[None]).logits.sum().backward()
+        assert model.get_input_embeddings().weight.grad.any()
+
+
 def test_the_callers_config_is_not_changed(tiny_llama, sparse_checkpoints):
     config = make_config("magnitude")
     before = copy.deepcopy(config.to_dict())
