@@ -4,8 +4,9 @@ The op has a reference in plain PyTorch, which expands W and multiplies, for eve
 `select` names one; a fake implementation for torch.compile; gradients for x and the bias, not for W. `expand`, the
 dense W, is an op as well.
 
-W comes as it is on disk (formats.bitmask), or with `overflow` and `starts` as CUDA kernels need it (formats.slots).
-`group` is M of N:M; 0 if there is none or it is not known.
+W comes as it is on disk (formats.bitmask), or with `overflow` and `starts` as CUDA kernels need it (formats.slots), or
+2:4 with `semi_structured`, cuSPARSELt's buffer, in which its values lie. `group` is M of N:M; 0 if there is none or it
+is not known.
 """
 
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 
 from ..core import NM, Pattern
 from ..formats import bitmask, slots
-from . import cpu, cuda
+from . import cpu, cuda, cusparselt
 
 
+PAIRS_TOKENS = 32  # 2:4 on CUDA: beyond, sparse tensor cores
 CPU_TOKENS = 8  # up to here reading less memory wins, beyond it dense products do
 SLAB = 2**20  # weights that are expanded at a time on the CPU: they stay in its cache
 
@@ -37,7 +39,10 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, in_featur
         if problem:
             return Choice("reference", problem)
         even = slots.even_slots(pattern, in_features)
-        name = cuda.kernel(tokens, _are_pairs(pattern, even), not even)
+        pairs = _are_pairs(pattern, even)
+        if pairs and tokens > PAIRS_TOKENS and cusparselt.unavailable(device.index or 0) is None:
+            return Choice("cusparselt", f"2:4 and more than {PAIRS_TOKENS} tokens: sparse tensor cores")
+        name = cuda.kernel(tokens, pairs, not even)
         if name is None:
             return Choice("expand", f"more than {cuda.MOST_TOKENS} tokens: the weight is expanded, then cuBLAS")
         return Choice(name, f"up to {cuda.MOST_TOKENS} tokens: reads the compressed weight alone")
@@ -54,15 +59,20 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, in_featur
     )
 
 
-def needs_packing(device: torch.device, dtype: torch.dtype, pattern: Pattern, in_features: int) -> bool:
-    """Whether the kernels here want this weight in slots, and can have it so."""
+def wanted_layout(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
+    """How the kernels of a device want a weight (out, in): in "slots", for "cusparselt", or None: as on disk."""
+    out_features, in_features = shape
     if device.type != "cuda" or cuda.refuses(device, dtype, in_features):
-        return False
-    return not slots.even_slots(pattern, in_features) and in_features <= slots.MOST_COLUMNS
+        return None
+    even = slots.even_slots(pattern, in_features)
+    if not even:
+        return "slots" if in_features <= slots.MOST_COLUMNS else None
+    usable = out_features % cusparselt.OUT == 0 and cusparselt.unavailable(device.index or 0) is None
+    return "cusparselt" if usable and _are_pairs(pattern, even) else None
 
 
 _LIBRARY = torch.library.Library("optimum_sparse", "FRAGMENT")
-_MORE = "int group=0, Tensor? overflow=None, Tensor? starts=None"
+_MORE = "int group=0, Tensor? overflow=None, Tensor? starts=None, Tensor? semi_structured=None"
 _MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_features"
 _LIBRARY.define(f"expand({_MATRIX}, {_MORE}) -> Tensor")
 _LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, {_MORE}) -> Tensor")
@@ -80,6 +90,7 @@ class _Matrix(NamedTuple):
     group: int = 0
     overflow: Tensor | None = None
     starts: Tensor | None = None
+    semi_structured: Tensor | None = None
 
     def for_cuda(self) -> cuda.Matrix | None:
         """As the CUDA kernels take it; None if they do not."""
@@ -164,7 +175,11 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
     matrix = compressed.for_cuda()
     if matrix is None:
         return reference(x, *args)
-    launch = cuda.plan(matrix, x.numel() // matrix.in_features, x.device.index)
+    tokens, packed = x.numel() // matrix.in_features, compressed.semi_structured
+    if packed is not None and tokens > PAIRS_TOKENS:
+        y = cusparselt.linear(x.reshape(-1, matrix.in_features), packed, len(matrix.mask), bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    launch = cuda.plan(matrix, tokens, x.device.index)
     if launch is None:
         return F.linear(x, cuda.expand(matrix), bias)
     y = cuda.linear(launch, x.reshape(-1, matrix.in_features), matrix, bias)
@@ -184,8 +199,9 @@ def _split(args: tuple) -> tuple[_Matrix, Tensor | None]:
 
 def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
-    weight, weight_mask, weight_rows, in_features, _, overflow, starts = matrix
+    weight, weight_mask, weight_rows, in_features, _, overflow, starts, packed = matrix
     others = {"weight_mask": weight_mask, "weight_rows": weight_rows, "overflow": overflow, "starts": starts}
+    others["semi_structured"] = packed
     for name, tensor in (*others.items(), ("bias", bias), ("x", x)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {weight.device}: move one.")
@@ -211,6 +227,9 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
             raise ValueError(
                 f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(places)}."
             )
+    size = rows * in_features * 9 // 16
+    if packed is not None and (packed.dtype != weight.dtype or packed.shape != (size,)):
+        raise ValueError(f"semi_structured is {_describe(packed)}: must be [{size}] of the weight's dtype.")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..core import NM, Pattern
 from ..formats import bitmask, slots
-from ..kernels.linear import expand, linear, needs_packing
+from ..kernels import cusparselt
+from ..kernels.linear import expand, linear, wanted_layout
 from ..kernels.precision import as_multiplied
 
 
@@ -17,7 +18,7 @@ class SparseLinear(nn.Module):
     """`nn.Linear` that holds the tensors of `formats.bitmask`: its state dict is the disk format.
 
     The forward pass is `kernels.linear`: a kernel where there is one, else the weight is expanded and let go again.
-    Where CUDA kernels want the values in another order, `pack` moves them, whenever the layer comes to such a device,
+    Where CUDA kernels want the values in another layout, `pack` moves them, whenever the layer comes to such a device,
     and `unpack` moves them back when it leaves; the state dict stays the same.
     """
 
@@ -26,6 +27,7 @@ class SparseLinear(nn.Module):
     weight_rows: Tensor | None  # unstructured only
     overflow: Tensor | None  # packed only: formats.slots
     starts: Tensor | None
+    semi_structured: Tensor | None  # packed only: kernels.cusparselt; the values are a view into it
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -44,6 +46,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("weight_rows", None)
         self.register_buffer("overflow", None, persistent=False)
         self.register_buffer("starts", None, persistent=False)
+        self.register_buffer("semi_structured", None, persistent=False)
         for name, (shape, fixed) in bitmask.layout((out_features, in_features), pattern).items():
             tensor = torch.empty(shape, dtype=fixed or dtype, device=device)
             if name == "weight":
@@ -68,21 +71,28 @@ class SparseLinear(nn.Module):
 
     @property
     def packed(self) -> bool:
-        """Whether the values lie as formats.slots has them."""
-        return self.overflow is not None
+        """Whether the values lie elsewhere than on disk."""
+        return self.overflow is not None or self.semi_structured is not None
 
     def pack(self) -> None:
         """Move the values to where the kernels of this device want them, if they do."""
-        weight = self.weight
-        if not self.packed and needs_packing(weight.device, weight.dtype, self.pattern, self.in_features):
+        if self.packed:
+            return
+        weight, shape = self.weight, (self.out_features, self.in_features)
+        layout = wanted_layout(weight.device, weight.dtype, self.pattern, shape)
+        if layout == "slots":
             moved = slots.pack(weight.data, self.weight_mask, self.in_features)
             weight.data, self.overflow, self.starts = moved.values, moved.overflow, moved.starts
+        elif layout == "cusparselt":
+            keep = bitmask.unpack_bits(self.weight_mask, self.in_features)
+            self.semi_structured = cusparselt.pack(weight.data, keep)
+            weight.data = self.semi_structured[: weight.numel()].view(weight.shape)
 
     def unpack(self) -> None:
         """Undo `pack`."""
         if self.packed:
-            self.weight.data = self._values()
-            self.overflow = self.starts = None
+            self.weight.data = self._values().clone()
+            self.overflow = self.starts = self.semi_structured = None
 
     def _values(self) -> Tensor:
         """The values as they are on disk."""
@@ -104,21 +114,21 @@ class SparseLinear(nn.Module):
     def to_dense(self) -> Tensor:
         """The weight [out, in], zeros in place."""
         return expand(
-            self.weight.detach(), self.weight_mask, self.weight_rows, self.in_features, self._group, *self._list
+            self.weight.detach(), self.weight_mask, self.weight_rows, self.in_features, self._group, *self._layout
         )
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else as_multiplied(self.bias)
         matrix = as_multiplied(self.weight), self.weight_mask, self.weight_rows, self.in_features
-        return linear(as_multiplied(x), *matrix, bias, self._group, *self._list)
+        return linear(as_multiplied(x), *matrix, bias, self._group, *self._layout)
 
     @property
     def _group(self) -> int:
         return self.pattern.group if isinstance(self.pattern, NM) else 0
 
     @property
-    def _list(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.overflow, self.starts
+    def _layout(self) -> tuple[Tensor | None, ...]:
+        return self.overflow, self.starts, self.semi_structured
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SparseLinear":
         self.unpack()

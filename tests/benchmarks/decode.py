@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--generate", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="CUDA: torch.compile the step of both before its graph")
     args = parser.parse_args()
     if args.checkpoint == "random-7b":
         models = random_7b(args)
@@ -60,7 +61,7 @@ def main() -> None:
         vocabulary = models["dense"].config.vocab_size
         prompt = torch.randint(vocabulary, (batch, args.prompt), generator=torch.Generator().manual_seed(0))
         prompt = prompt.to(args.device)
-        runs = {name: (graphed if cuda else plain)(model) for name, model in models.items()}
+        runs = {name: (graphed(model, args.compile) if cuda else plain(model)) for name, model in models.items()}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         texts = {}
         for turn in range(args.rounds + 1):
@@ -71,8 +72,8 @@ def main() -> None:
         same = (texts["dense"] == texts["compressed"]).float().cumprod(1).sum(1).mean().item()
         steps = {name: statistics.median(step for _, step in found) for name, found in times.items()}
         for name, model in models.items():
-            tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
-            size = sum(t.numel() * t.element_size() for t in tensors) / 1e6
+            storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+            size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / 1e6
             prefill = statistics.median(first for first, _ in times[name])
             print(
                 f"| {batch} | {name} | {size:.0f} | {prefill * 1e3:.1f} | {steps[name] * 1e3:.2f} "
@@ -119,13 +120,14 @@ def plain(model: PreTrainedModel) -> Generate:
     return generate
 
 
-def graphed(model: PreTrainedModel) -> Generate:
+def graphed(model: PreTrainedModel, compiled: bool) -> Generate:
     """A static cache, and one CUDA graph for a step, captured at the first call for a batch size and lengths."""
     state: dict = {}
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     @torch.no_grad()
     def step(token: Tensor, cache: StaticCache) -> None:
-        token.copy_(model(token, past_key_values=cache).logits[:, -1:].argmax(-1))
+        token.copy_(forward(token, past_key_values=cache).logits[:, -1:].argmax(-1))
 
     @torch.no_grad()
     def generate(prompt: Tensor, count: int) -> tuple[float, float, Tensor]:

@@ -1,6 +1,7 @@
 """The CUDA kernels on a GPU: every pattern, dtype, number of tokens; and models that run on them."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from optimum_sparse import Pruner
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
-from optimum_sparse.kernels import cuda
+from optimum_sparse.kernels import cuda, cusparselt
 from optimum_sparse.kernels.linear import linear, reference, select
 from optimum_sparse.nn import SparseLinear
 
@@ -75,12 +76,12 @@ def test_what_the_kernels_do_not_take_runs_through_the_reference(pattern: Patter
 def test_a_layer_that_moves(pattern: Pattern):
     weight = sparse((40, 192), pattern, torch.bfloat16)
     layer = SparseLinear.from_dense(weight, None, pattern)
-    assert layer.packed == isinstance(pattern, Unstructured)
+    assert layer.packed == (pattern != NM(16, 32))
     state = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
     x = torch.randn(2, 192, device="cuda").bfloat16()
     y = layer(x)
     for other in (copy.deepcopy(layer), layer.cpu().cuda(), layer.half().bfloat16()):
-        assert other.packed == isinstance(pattern, Unstructured)
+        assert other.packed == (pattern != NM(16, 32))
         assert all(torch.equal(state[name], tensor.cpu()) for name, tensor in other.state_dict().items())
         if other.weight.dtype == weight.dtype and torch.equal(other.to_dense(), weight):
             assert torch.equal(other(x), y)
@@ -96,7 +97,7 @@ def test_gradients_and_tracers(pattern: Pattern):
         y = F.linear(x.detach(), weight, layer.bias)
         wanted = (2 * y.float()).bfloat16() @ weight
         torch.testing.assert_close(x.grad, wanted, rtol=2e-2, atol=2e-1)
-    arguments = layer.weight, layer.weight_mask, layer.weight_rows, 192, layer.bias, layer._group, *layer._list
+    arguments = layer.weight, layer.weight_mask, layer.weight_rows, 192, layer.bias, layer._group, *layer._layout
     torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (x.detach(), *arguments))
     torch.testing.assert_close(reference(x, *arguments), linear(x, *arguments), rtol=2e-2, atol=2e-2)
 
@@ -146,6 +147,45 @@ def test_without_the_cuda_bindings_the_reference_runs(
         assert len([record for record in caplog.records if "without a kernel" in record.message]) == 1
     finally:
         cuda.unavailable.cache_clear()
+
+
+def test_2of4_shares_its_values_with_cusparselt():
+    """Groups with fewer than two values too: kept zeros have a place on disk, and the buffer keeps it."""
+    weight = sparse((48, 192), NM(2, 4), torch.bfloat16)
+    weight[::2, ::3] = 0
+    weight[5] = 0
+    layer = SparseLinear.from_dense(weight, torch.randn(48, device="cuda").bfloat16(), NM(2, 4))
+    assert layer.semi_structured is not None
+    assert layer.weight.untyped_storage().data_ptr() == layer.semi_structured.untyped_storage().data_ptr()
+    size = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (layer.weight, *layer.buffers())}
+    assert sum(size.values()) <= 0.625 * weight.numel() * 2
+    for tokens in (1, 8, 33, 40, 64, 301, 1024):  # with and without a multiple of 8
+        x = torch.randn(tokens, 192, device="cuda").bfloat16()
+        check(layer(x), x, weight, layer.bias)
+    x = torch.randn(2, 50, 192, device="cuda").bfloat16()
+    wanted = layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+    graph.replay()
+    assert torch.equal(y, wanted)
+
+
+def test_algorithms_are_timed_once_and_known_from_then_on(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cusparselt._known_algorithms.cache_clear()
+    weight = sparse((64, 320), NM(2, 4), torch.float16)
+    layer, x = SparseLinear.from_dense(weight, None, NM(2, 4)), torch.randn(100, 320, device="cuda").half()
+    wanted = layer(x)
+    assert len(json.loads((tmp_path / "optimum_sparse" / "cusparselt.json").read_text())) == 1
+    cusparselt._known_algorithms.cache_clear()
+    monkeypatch.setattr(cusparselt, "_time_algorithms", None)
+    assert torch.equal(layer(x), wanted)
+    (tmp_path / "optimum_sparse" / "cusparselt.json").write_text("damaged")
+    cusparselt._known_algorithms.cache_clear()
+    with pytest.raises(TypeError):  # it wants to time them again
+        layer(x)
+    cusparselt._known_algorithms.cache_clear()
 
 
 # ---- models

@@ -146,10 +146,10 @@ def test_copies_and_pickles():
 
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch):
-    def uneven(device: torch.device, dtype: torch.dtype, pattern, in_features: int) -> bool:
-        return dtype.itemsize == 2 and not slots.even_slots(pattern, in_features) and in_features % 32 == 0
+    def uneven(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
+        return "slots" if dtype.itemsize == 2 and not slots.even_slots(pattern, shape[1]) else None
 
-    monkeypatch.setattr(linear_module, "needs_packing", uneven)
+    monkeypatch.setattr(linear_module, "wanted_layout", uneven)
 
 
 @pytest.mark.usefixtures("packing")

@@ -1,0 +1,232 @@
+"""2:4 on sparse tensor cores, for many tokens: NVIDIA's cuSPARSELt, called without PyTorch's wrapper.
+
+That wrapper makes a new plan at each call, 400 to 900 us of the CPU's time, and takes the default algorithm, which is
+up to twice slower than the best. Here plans are kept, and the best algorithm for a shape is timed once and written
+down on disk.
+
+cuSPARSELt's own layout begins with the kept values in the order of `formats.bitmask`; where they belong follows in two
+bits each. So both readers share the values: `pack`.
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+logger = logging.getLogger(__name__)
+
+TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
+OUT, TOKENS = 16, 8  # sizes must be multiples of these
+OLDEST = 600
+OPAQUE = 2**14  # bytes: all of the library's structures have less, in all of its versions so far
+COLUMN, ROW, TRANSPOSE, FP32_SUMS, CONFIG_ID, CONFIG_MAX_ID = 1, 2, 1, 2, 0, 1  # of the library's enumerations
+
+
+@functools.cache
+def unavailable(device: int) -> str | None:
+    """Why cuSPARSELt cannot run on a CUDA device, if so."""
+    if not torch.backends.cusparselt.is_available() or (torch.backends.cusparselt.version() or 0) < OLDEST:
+        return f"PyTorch was built without cuSPARSELt {OLDEST // 1000}.{OLDEST % 1000 // 100} or newer"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no sparse tensor cores"
+    try:
+        _handle(device)
+    except (OSError, RuntimeError, AttributeError) as error:
+        logger.warning("2:4 layers run without cuSPARSELt: %s.", error)
+        return f"cuSPARSELt could not be loaded: {error}"
+    return None
+
+
+def pack(weight: Tensor, dense_mask: Tensor) -> Tensor:
+    """Values [out, in / 2] and the mask [out, in] as cuSPARSELt's buffer, which begins with the values.
+
+    The buffer is made of the mask: made of the values, a kept zero would lose its place.
+    """
+    packed = torch._cslt_compress(dense_mask.to(weight.dtype)).view(-1)
+    packed[: weight.numel()] = weight.reshape(-1)
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] -> [tokens, out]."""
+    tokens, in_features = x.shape
+    x = F.pad(x, (0, 0, 0, -tokens % TOKENS)).contiguous()
+    shape = out_features, in_features, len(x)
+    y = x.new_empty(len(x), out_features)
+    _multiply(_best_algorithm(x, packed, y, shape), shape, packed, x, y)
+    y = y[:tokens]
+    return y if bias is None else y.add_(bias)
+
+
+def _multiply(algorithm: int, shape: tuple[int, int, int], packed: Tensor, x: Tensor, y: Tensor) -> None:
+    plan, workspace = _plan(x.device.index, x.dtype, shape, algorithm)
+    scratch = torch.empty(workspace, dtype=torch.uint8, device=x.device)
+    one, zero = ctypes.c_float(1), ctypes.c_float(0)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+    _call(
+        "Matmul",
+        _handle(x.device.index),
+        plan.address,
+        ctypes.addressof(one),
+        packed.data_ptr(),
+        x.data_ptr(),
+        ctypes.addressof(zero),
+        y.data_ptr(),
+        y.data_ptr(),
+        scratch.data_ptr() or None,
+        ctypes.addressof(stream),
+        1,
+    )
+
+
+# ---- algorithms
+
+
+def _best_algorithm(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int, int]) -> int:
+    """The fastest for a shape and about as many tokens: timed once, and known from then on."""
+    out_features, in_features, tokens = shape
+    about = 1 << (tokens - 1).bit_length()
+    name = torch.cuda.get_device_name(x.device)
+    key = f"{name}, {torch.backends.cusparselt.version()}, {x.dtype}, {out_features}x{in_features}, {about} tokens"
+    known = _known_algorithms()
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return 0  # nothing can be timed now
+        known[key] = _time_algorithms(x, packed, y, shape)
+        _remember(known)
+    return known[key]
+
+
+def _time_algorithms(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int, int]) -> int:
+    best, least = 0, float("inf")
+    for algorithm in range(_algorithms(x.device.index, x.dtype, shape)):
+        try:
+            for _ in range(2):
+                _multiply(algorithm, shape, packed, x, y)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(8):
+                _multiply(algorithm, shape, packed, x, y)
+            end.record()
+            end.synchronize()
+        except RuntimeError:  # not every algorithm takes every shape
+            continue
+        if begin.elapsed_time(end) < least:
+            best, least = algorithm, begin.elapsed_time(end)
+    return best
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "optimum_sparse" / "cusparselt.json"
+
+
+@functools.cache
+def _known_algorithms() -> dict[str, int]:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        found = json.loads(_cache_file().read_text())
+        if isinstance(found, dict) and all(isinstance(value, int) for value in found.values()):
+            return found
+    return {}
+
+
+def _remember(known: dict[str, int]) -> None:
+    """Write what is known, all at once; without a place to write to it is timed again next time."""
+    with contextlib.suppress(OSError, RuntimeError):
+        file = _cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+            json.dump(known, part, indent=1)
+        os.replace(part.name, file)
+
+
+# ---- the library
+
+
+class _Opaque:
+    """Room for one of the library's structures, which want 16-byte alignment."""
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(OPAQUE + 16)
+        self.address = -(-ctypes.addressof(self._memory) // 16) * 16
+        self.parts: tuple[Any, ...] = ()  # what it points to
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcusparseLt.so.0")  # the one that PyTorch has loaded
+
+
+def _call(name: str, *arguments: int | None) -> None:
+    """All arguments are pointers, 64-bit or small numbers: ctypes passes each as 64 bits, which the ABI allows."""
+    status = getattr(_library(), f"cusparseLt{name}")(
+        *(None if argument is None else ctypes.c_int64(argument) for argument in arguments)
+    )
+    if status:
+        raise RuntimeError(f"cusparseLt{name} returned {status}")
+
+
+@functools.cache
+def _handle(device: int) -> int:
+    handle = _Opaque()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().query()  # now there is a context
+        _call("Init", handle.address)
+    _alive.append(handle)
+    return handle.address
+
+
+_alive: list[_Opaque] = []
+
+
+@functools.lru_cache(maxsize=64)
+def _description(device: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> _Opaque:
+    """y^T [out, tokens] = W [out, in] x^T, where x is [tokens, in] and the columns of y^T are the rows of y."""
+    rows, inner, tokens = shape
+    handle, kind = _handle(device), TYPES[dtype]
+    w, x, y, product = (_Opaque() for _ in range(4))
+    _call("StructuredDescriptorInit", handle, w.address, rows, inner, inner, 16, kind, ROW, 0)
+    _call("DenseDescriptorInit", handle, x.address, tokens, inner, inner, 16, kind, ROW)
+    _call("DenseDescriptorInit", handle, y.address, rows, tokens, rows, 16, kind, COLUMN)
+    parts = w.address, x.address, y.address, y.address
+    _call("MatmulDescriptorInit", handle, product.address, 0, TRANSPOSE, *parts, FP32_SUMS)
+    product.parts = w, x, y
+    return product
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(device: int, dtype: torch.dtype, shape: tuple[int, int, int], algorithm: int) -> tuple[_Opaque, int]:
+    """A plan, and the bytes of workspace that it wants."""
+    with torch.cuda.device(device):
+        selection = _selection(device, dtype, shape)
+        number = ctypes.c_int(algorithm)
+        _call("MatmulAlgSetAttribute", _handle(device), selection.address, CONFIG_ID, ctypes.addressof(number), 4)
+        plan, size = _Opaque(), ctypes.c_size_t()
+        _call("MatmulPlanInit", _handle(device), plan.address, selection.parts[0].address, selection.address)
+        _call("MatmulGetWorkspace", _handle(device), plan.address, ctypes.addressof(size))
+    plan.parts = (selection,)
+    return plan, size.value
+
+
+def _algorithms(device: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> int:
+    number = ctypes.c_int()
+    selection = _selection(device, dtype, shape)
+    _call("MatmulAlgGetAttribute", _handle(device), selection.address, CONFIG_MAX_ID, ctypes.addressof(number), 4)
+    return number.value
+
+
+def _selection(device: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> _Opaque:
+    product, selection = _description(device, dtype, shape), _Opaque()
+    _call("MatmulAlgSelectionInit", _handle(device), selection.address, product.address, 0)
+    selection.parts = (product,)
+    return selection
