@@ -1,9 +1,9 @@
 """The layout of the CUDA kernels, in memory only: room for a fixed number of values in each 32 columns.
 
 A kernel that knows where each word's values lie need not add up what comes before. N:M patterns whose groups fill
-words evenly lie so on disk: `even_slots`. Others, unstructured above all, are moved by `pack`: every word of the mask gets a
-number of values, its last ones, after zeros if it has fewer; what it has more goes to a list. At 50 %, with 16 slots,
-that is 1.27 bytes per weight instead of 1.13, and still faster by half than a kernel that adds up.
+words evenly lie so on disk: `even_slots`. Others, unstructured above all, are moved by `pack`: every word of the mask
+gets a number of values, its last ones, after zeros if it has fewer; what it has more goes to a list. At 50 %, with 16
+slots, that is 1.27 bytes per weight instead of 1.13, and still faster by half than a kernel that adds up.
 
     name      dtype        shape
     values    the model's  [out, in / 32 * slots]

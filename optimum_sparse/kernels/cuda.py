@@ -27,23 +27,29 @@ class Launch(NamedTuple):
     shared: int
 
 
+class Layout(NamedTuple):
+    """What decides how a compressed W [rows, in] is multiplied."""
+
+    dtype: torch.dtype
+    rows: int
+    in_features: int
+    slots: int  # per word, as in formats.slots
+    pairs: bool  # 2:4: two of every four columns
+    overflow: bool  # some words have more values than slots
+
+    @property
+    def template(self) -> str:
+        return f"{self.slots},{str(self.overflow).lower()}"
+
+
 class Matrix(NamedTuple):
-    """A compressed W on a GPU, as formats.slots has it; a list of overflow where words differ in their counts."""
+    """A compressed W on a GPU, as formats.slots has it."""
 
     values: Tensor
     mask: Tensor
     overflow: Tensor | None
     starts: Tensor | None
-    in_features: int
-    pairs: bool  # 2:4: two of every four columns
-
-    @property
-    def slots(self) -> int:
-        return self.values.shape[1] * 32 // self.in_features
-
-    @property
-    def template(self) -> str:
-        return f"{self.slots},{'false' if self.overflow is None else 'true'}"
+    layout: Layout
 
 
 @functools.cache
@@ -84,11 +90,12 @@ def kernel(tokens: int, pairs: bool, overflow: bool) -> str | None:
     return "multiply_pairs" if pairs else "multiply"
 
 
-def plan(matrix: Matrix, tokens: int, device: int) -> Launch | None:
+@functools.lru_cache(maxsize=4096)
+def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
-    rows, words, bf16 = len(matrix.mask), matrix.in_features // 32, TYPES[matrix.values.dtype]
-    name = kernel(tokens, matrix.pairs, matrix.overflow is not None)
+    rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
+    name = kernel(tokens, layout.pairs, layout.overflow)
     if name is None or not tokens:
         return None
     if name == "gather":
@@ -97,14 +104,14 @@ def plan(matrix: Matrix, tokens: int, device: int) -> Launch | None:
         shared = 33 * 4 * words * (2 if staged == 4 else 1)
         if shared <= most_shared:
             blocks = min(-(-rows // warps), 2 * processors)
-            return Launch(f"gather<{bf16},{staged},{matrix.template}>", (blocks, 1), 32 * warps, shared)
-    row_tiles = 2 if matrix.overflow is None or tokens > 16 else 1
+            return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
+    row_tiles = 1 if layout.overflow and tokens <= 16 else 2
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     staged, sums = 64 * token_tiles * X_ROW, 1024 * row_tiles * token_tiles * 4
-    if matrix.pairs:
+    if layout.pairs:
         name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
     else:
-        name, shared = f"multiply<{bf16},{matrix.template}", row_tiles * 16 * TILE_ROW + staged
+        name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * TILE_ROW + staged
     grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
     launch = Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums))
     return launch if launch.shared <= most_shared else None
@@ -112,18 +119,18 @@ def plan(matrix: Matrix, tokens: int, device: int) -> Launch | None:
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out] by what `plan` says."""
-    y = x.new_empty(len(x), len(matrix.mask))
+    y = x.new_empty(x.shape[0], matrix.layout.rows)
     _launch(launch, matrix, x, bias, y)
     return y
 
 
 def expand(matrix: Matrix) -> Tensor:
     """The dense W [out, in]."""
-    rows = len(matrix.mask)
-    dense = matrix.values.new_empty(rows, matrix.in_features)
-    processors, _ = _limits(dense.device.index)
-    blocks = min(-(-rows * -(-matrix.in_features // 1024) // 8), 8 * processors)
-    _launch(Launch(f"expand<{matrix.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
+    rows, in_features = matrix.layout.rows, matrix.layout.in_features
+    dense = matrix.values.new_empty(rows, in_features)
+    processors, _ = _limits(dense.get_device())
+    blocks = min(-(-rows * -(-in_features // 1024) // 8), 8 * processors)
+    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
     return dense
 
 
@@ -145,33 +152,39 @@ class _Call(ctypes.Structure):
 
 
 def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    tensors = [None if t is None else _aligned(t) for t in (*matrix[:4], x, bias)]
-    values, mask, overflow, starts, x_at, bias_at = [None if t is None else t.data_ptr() for t in tensors]
-    size = len(matrix.mask), matrix.in_features
-    call = _Call(values, mask, overflow, starts, *size, x_at, bias_at, y.data_ptr(), 0 if x is None else len(x))
-    _run(launch, call, y.device)
+    values, mask, overflow, starts, layout = matrix
+    tensors = [None if t is None else _aligned(t) for t in (values, mask, overflow, starts, x, bias)]
+    values_at, mask_at, overflow_at, starts_at, x_at, bias_at = [None if t is None else t.data_ptr() for t in tensors]
+    pointers = values_at, mask_at, overflow_at, starts_at
+    tokens = 0 if x is None else x.shape[0]
+    call = _Call(*pointers, layout.rows, layout.in_features, x_at, bias_at, y.data_ptr(), tokens)
+    _run(launch, call, y.get_device())
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, contiguous, from an address that loads of 16 bytes can take."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _run(launch: Launch, call: _Call, device: torch.device) -> None:
-    from cuda.bindings import driver
-
-    if device.index != torch.cuda.current_device():
+def _run(launch: Launch, call: _Call, device: int) -> None:
+    if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(launch, call, device)
-    function = _function(launch.kernel, device.index)
+    function = _function(launch.kernel, device)
     stream = torch.cuda.current_stream(device).cuda_stream
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
-    block = launch.threads, 1, 1
-    _check(
-        driver.cuLaunchKernel(function, *launch.grid, 1, *block, launch.shared, stream, ctypes.addressof(arguments), 0)
-    )
+    threads, shared, where = launch.threads, launch.shared, ctypes.addressof(arguments)
+    _check(_driver().cuLaunchKernel(function, *launch.grid, 1, threads, 1, 1, shared, stream, where, 0))
     return None
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
 
 
 @functools.cache
@@ -185,8 +198,7 @@ def _limits(device: int) -> tuple[int, int]:
 @functools.cache
 def _function(kernel: str, device: int) -> Any:
     """The kernel as a CUfunction of a device, allowed all shared memory that there is."""
-    from cuda.bindings import driver
-
+    driver = _driver()
     with torch.cuda.device(device):
         torch.cuda.current_stream().query()  # now there is a context
         code, name = _compile(kernel, *torch.cuda.get_device_capability(device))

@@ -9,6 +9,7 @@ W comes as it is on disk (formats.bitmask), or with `overflow` and `starts` as C
 is not known.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ _MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_featur
 _LIBRARY.define(f"expand({_MATRIX}, {_MORE}) -> Tensor")
 _LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, {_MORE}) -> Tensor")
 expand = torch.ops.optimum_sparse.expand.default
-linear = torch.ops.optimum_sparse.linear.default
+op = torch.ops.optimum_sparse.linear.default
 
 
 class _Matrix(NamedTuple):
@@ -94,16 +95,26 @@ class _Matrix(NamedTuple):
 
     def for_cuda(self) -> cuda.Matrix | None:
         """As the CUDA kernels take it; None if they do not."""
-        weight, mask = self.weight, self.weight_mask
-        if cuda.refuses(weight.device, weight.dtype, self.in_features) or not weight.numel():
-            return None
-        if self.overflow is not None:
-            return cuda.Matrix(weight, mask, self.overflow, self.starts, self.in_features, False)
-        if not self.group or weight.dim() != 2:
-            return None
-        pattern = NM(weight.shape[1] * self.group // self.in_features, self.group)
-        even = slots.even_slots(pattern, self.in_features)
-        return cuda.Matrix(weight, mask, None, None, self.in_features, _are_pairs(pattern, even)) if even else None
+        weight, overflow = self.weight, self.overflow
+        about = weight.device, weight.dtype, weight.shape, self.in_features, self.group, overflow is not None
+        layout = _cuda_layout(*about)
+        return None if layout is None else cuda.Matrix(weight, self.weight_mask, overflow, self.starts, layout)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cuda_layout(
+    device: torch.device, dtype: torch.dtype, stored: torch.Size, in_features: int, group: int, overflow: bool
+) -> cuda.Layout | None:
+    """Of values of a shape; None if the CUDA kernels do not take them."""
+    if cuda.refuses(device, dtype, in_features) or len(stored) != 2 or not all(stored):
+        return None
+    if overflow:
+        return cuda.Layout(dtype, stored[0], in_features, stored[1] * 32 // in_features, False, True)
+    if not group:
+        return None
+    pattern = NM(stored[1] * group // in_features, group)
+    even = slots.even_slots(pattern, in_features)
+    return cuda.Layout(dtype, stored[0], in_features, even, _are_pairs(pattern, even), False) if even else None
 
 
 def _are_pairs(pattern: Pattern, even: int) -> bool:
@@ -175,15 +186,16 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
     matrix = compressed.for_cuda()
     if matrix is None:
         return reference(x, *args)
-    tokens, packed = x.numel() // matrix.in_features, compressed.semi_structured
+    layout, packed = matrix.layout, compressed.semi_structured
+    tokens = x.numel() // layout.in_features
     if packed is not None and tokens > PAIRS_TOKENS:
-        y = cusparselt.linear(x.reshape(-1, matrix.in_features), packed, len(matrix.mask), bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
-    launch = cuda.plan(matrix, tokens, x.device.index)
+        y = cusparselt.linear(x.reshape(-1, layout.in_features), packed, layout.rows, bias)
+        return y.view(*x.shape[:-1], layout.rows)
+    launch = cuda.plan(layout, tokens, x.get_device())
     if launch is None:
         return F.linear(x, cuda.expand(matrix), bias)
-    y = cuda.linear(launch, x.reshape(-1, matrix.in_features), matrix, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    y = cuda.linear(launch, x.reshape(-1, layout.in_features), matrix, bias)
+    return y.view(*x.shape[:-1], layout.rows)
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
@@ -238,28 +250,48 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    matrix, _ = _split(inputs[1:])
-    if matrix.weight.requires_grad:
-        raise ValueError(
-            "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
-            "(weight.requires_grad_(False)) and train adapters."
-        )
-    ctx.save_for_backward(*[part for part in matrix if isinstance(part, Tensor)])
-    ctx.matrix = [None if isinstance(part, Tensor) else part for part in matrix]
-    ctx.tensors = [isinstance(part, Tensor) for part in matrix]
-    ctx.inputs = len(inputs)
+class _Linear(torch.autograd.Function):
+    """The op with gradients for x and the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        matrix, _ = _split(args)
+        ctx.save_for_backward(*[part for part in matrix if isinstance(part, Tensor)])
+        ctx.others = [None if isinstance(part, Tensor) else (part,) for part in matrix]
+        ctx.inputs = 1 + len(args)
+        return op(x, *args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        matrix = [next(saved) if other is None else other[0] for other in ctx.others]
+        gradients: list[Tensor | None] = [None] * ctx.inputs
+        if ctx.needs_input_grad[0]:
+            gradients[0] = gradient @ expand(*matrix)
+        if ctx.needs_input_grad[5]:
+            gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        return tuple(gradients)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    matrix = [next(saved) if tensor else part for part, tensor in zip(ctx.matrix, ctx.tensors, strict=True)]
-    gradients: list[Tensor | None] = [None] * ctx.inputs
-    if ctx.needs_input_grad[0]:
-        gradients[0] = gradient @ expand(*matrix)
-    if ctx.needs_input_grad[5]:
-        gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-    return tuple(gradients)
+def linear(x: Tensor, *args: Any) -> Tensor:
+    """x [..., in] -> [..., out]: `optimum_sparse::linear`, with gradients for x and the bias where they are wanted.
+
+    Gradients are not the op's own: PyTorch would go through Python once more at every call, wanted or not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the compressed weight itself wants a gradient.
+    """
+    weight, bias = args[0], args[4]
+    if torch.is_grad_enabled():
+        if weight.requires_grad:
+            raise ValueError(
+                "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
+                "(weight.requires_grad_(False)) and train adapters."
+            )
+        if x.requires_grad or (bias is not None and bias.requires_grad):
+            return _Linear.apply(x, *args)
+    return op(x, *args)
 
 
 _LIBRARY.impl("expand", _expand_reference, "CompositeExplicitAutograd")
@@ -270,4 +302,3 @@ _LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
 torch.library.register_fake("optimum_sparse::expand", _expand_fake, lib=_LIBRARY)
 torch.library.register_fake("optimum_sparse::linear", _linear_fake, lib=_LIBRARY)
-torch.library.register_autograd("optimum_sparse::linear", _backward, setup_context=_save, lib=_LIBRARY)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from optimum_sparse import Pruner
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.kernels import cuda, cusparselt
+from optimum_sparse.kernels import linear as linear_module
 from optimum_sparse.kernels.linear import linear, reference, select
 from optimum_sparse.nn import SparseLinear
 
@@ -74,7 +75,7 @@ def test_what_the_kernels_do_not_take_runs_through_the_reference(pattern: Patter
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
 def test_a_layer_that_moves(pattern: Pattern):
-    weight = sparse((40, 192), pattern, torch.bfloat16)
+    weight = sparse((48, 192), pattern, torch.bfloat16)
     layer = SparseLinear.from_dense(weight, None, pattern)
     assert layer.packed == (pattern != NM(16, 32))
     state = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
@@ -135,7 +136,8 @@ def test_without_the_cuda_bindings_the_reference_runs(
     def missing(kernel: str, device: int) -> None:
         raise ImportError("no module named cuda")
 
-    cuda.unavailable.cache_clear()
+    for cached in (cuda.unavailable, linear_module._cuda_layout):
+        cached.cache_clear()
     monkeypatch.setattr(cuda, "_function", missing)
     try:
         weight = sparse((40, 192), Unstructured(0.5), torch.bfloat16)
@@ -146,7 +148,8 @@ def test_without_the_cuda_bindings_the_reference_runs(
             torch.testing.assert_close(layer(x), F.linear(x, weight))
         assert len([record for record in caplog.records if "without a kernel" in record.message]) == 1
     finally:
-        cuda.unavailable.cache_clear()
+        for cached in (cuda.unavailable, linear_module._cuda_layout):
+            cached.cache_clear()
 
 
 def test_2of4_shares_its_values_with_cusparselt():

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,27 +36,33 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> list[cuda.Launch]:
+def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[list[cuda.Launch]]:
     """The emulator in place of the GPU: three processors."""
     seen: list[cuda.Launch] = []
 
-    def run(launch: cuda.Launch, call: ctypes.Structure, device: torch.device) -> None:
+    def run(launch: cuda.Launch, call: ctypes.Structure, device: int) -> None:
         seen.append(launch)
         name = launch.kernel.encode()
         assert library.emulate(name, *launch.grid, launch.threads, launch.shared, ctypes.addressof(call)), name
 
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
-    return seen
+    cuda.plan.cache_clear()
+    yield seen
+    cuda.plan.cache_clear()
 
 
 def compress(weight: torch.Tensor, pattern: Pattern) -> cuda.Matrix:
     found, in_features = bitmask.encode(weight, pattern), weight.shape[1]
     values, mask = found["weight"], found["weight_mask"]
     if slots.even_slots(pattern, in_features):
-        return cuda.Matrix(values, mask, None, None, in_features, pattern in (NM(2, 4), NM(1, 2)))
+        count, pairs = slots.even_slots(pattern, in_features), pattern in (NM(2, 4), NM(1, 2))
+        layout = cuda.Layout(weight.dtype, len(weight), in_features, count, pairs, False)
+        return cuda.Matrix(values, mask, None, None, layout)
     packed = slots.pack(values, mask, in_features)
-    return cuda.Matrix(packed.values, mask, packed.overflow, packed.starts, in_features, False)
+    count = packed.values.shape[1] * 32 // in_features
+    layout = cuda.Layout(weight.dtype, len(weight), in_features, count, False, True)
+    return cuda.Matrix(packed.values, mask, packed.overflow, packed.starts, layout)
 
 
 def sparse(shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +75,7 @@ def sparse(shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> torc
 
 def check(weight: torch.Tensor, matrix: cuda.Matrix, tokens: int, bias: torch.Tensor | None) -> None:
     x = random_weight(tokens, weight.shape[1], seed=tokens).to(weight.dtype)
-    launch = cuda.plan(matrix, tokens, 0)
+    launch = cuda.plan(matrix.layout, tokens, 0)
     assert launch is not None
     y = cuda.linear(launch, x, matrix, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -86,8 +93,8 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
             bias = random_weight(1, shape[0])[0].to(dtype) if tokens % 2 else None
             check(weight, matrix, tokens, bias)
     names = {launch.kernel.split("<")[0] for launch in launched}
-    assert names == {"gather", "multiply_pairs" if matrix.pairs else "multiply"}
-    assert cuda.plan(matrix, 65, 0) is None
+    assert names == {"gather", "multiply_pairs" if matrix.layout.pairs else "multiply"}
+    assert cuda.plan(matrix.layout, 65, 0) is None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -131,14 +138,14 @@ def test_a_damaged_mask_touches_no_foreign_memory(pattern: Pattern):
         damaged = matrix._replace(mask=torch.full_like(matrix.mask, damage))
         cuda.expand(damaged)
         for tokens in (1, 4, 8, 16, 20):
-            launch = cuda.plan(damaged, tokens, 0)
+            launch = cuda.plan(damaged.layout, tokens, 0)
             assert launch is not None
             cuda.linear(launch, torch.ones(tokens, 1248).bfloat16(), damaged, None)
     if matrix.overflow is not None:
         wrong = matrix._replace(overflow=torch.full_like(matrix.overflow, -1))  # column 65,535
         cuda.expand(wrong)
         for tokens in (1, 8):
-            launch = cuda.plan(wrong, tokens, 0)
+            launch = cuda.plan(wrong.layout, tokens, 0)
             assert launch is not None
             cuda.linear(launch, torch.ones(tokens, 1248).bfloat16(), wrong, None)
 
@@ -163,8 +170,9 @@ def test_the_call_is_laid_out_as_in_c():
 def test_a_gpu_with_little_shared_memory_gets_no_launch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch):
     matrix = compress(sparse((20, 96), NM(16, 32), torch.bfloat16), NM(16, 32))
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 48 * 1024))
+    cuda.plan.cache_clear()
     for tokens in range(1, 65):
-        launch = cuda.plan(matrix, tokens, 0)
+        launch = cuda.plan(matrix.layout, tokens, 0)
         assert launch is None or launch.shared <= 48 * 1024
-    assert cuda.plan(matrix, 1, 0) is not None
-    assert cuda.plan(matrix, 64, 0) is None
+    assert cuda.plan(matrix.layout, 1, 0) is not None
+    assert cuda.plan(matrix.layout, 64, 0) is None

@@ -179,11 +179,9 @@ def test_inputs_with_gaps():
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
 def test_opcheck(pattern: Pattern, tokens: int):
-    """PyTorch's own test of an op: schema, fake implementation, autograd registration."""
+    """PyTorch's own test of an op: schema, fake implementation, dynamic shapes."""
     _, packed, bias = layer(pattern)
-    for requires_grad in (False, True):
-        x = torch.randn(tokens, 40, requires_grad=requires_grad)
-        torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (x, *packed, 40, bias))
+    torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (torch.randn(tokens, 40), *packed, 40, bias))
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
