@@ -236,7 +236,9 @@ def _info(args: argparse.Namespace) -> None:
             for pattern, shape, _, _ in info.matrices.values():
                 name, *sparsity = pattern.split()
                 layers[
-                    select(device, DTYPES[dtype], parse_pattern(name, *map(float, sparsity)), shape[1], tokens)
+                    select(
+                        device, DTYPES[dtype], parse_pattern(name, *map(float, sparsity)), (shape[0], shape[1]), tokens
+                    )
                 ] += 1
             for choice, count in layers.items():
                 print(f"  {tokens} tokens, {count} layers: {choice.backend}, {choice.reason}")

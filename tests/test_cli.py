@@ -104,7 +104,7 @@ def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     assert f"in all {payload / 1e6:,.1f} MB" in printed
     assert "run_compressed=True here (c" in printed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert select(device, torch.float32, NM(2, 4), 64, 64).reason in printed
+    assert select(device, torch.float32, NM(2, 4), (64, 64), 64).reason in printed
 
 
 def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):

@@ -111,7 +111,7 @@ def measure_speed(
                 ceiling=packed / times[1] / bandwidth,
                 error=errors[1],
                 dense_error=errors[0],
-                choice=select(device, dtype, pattern, shape[1], count),
+                choice=select(device, dtype, pattern, shape, count),
             )
         )
     return found

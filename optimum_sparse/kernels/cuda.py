@@ -63,6 +63,7 @@ def unavailable(device: int) -> str | None:
             f"{torch.cuda.get_device_name(device)} is older than compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
         )
     else:
+        _refuse_capture()
         try:
             _function("expand<16,false>", device)
         except (ImportError, RuntimeError, OSError) as error:
@@ -153,7 +154,7 @@ class _Call(ctypes.Structure):
 
 def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     values, mask, overflow, starts, layout = matrix
-    tensors = [None if t is None else _aligned(t) for t in (values, mask, overflow, starts, x, bias)]
+    tensors = [None if t is None else aligned(t) for t in (values, mask, overflow, starts, x, bias)]
     values_at, mask_at, overflow_at, starts_at, x_at, bias_at = [None if t is None else t.data_ptr() for t in tensors]
     pointers = values_at, mask_at, overflow_at, starts_at
     tokens = 0 if x is None else x.shape[0]
@@ -161,7 +162,7 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
     _run(launch, call, y.get_device())
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """`tensor`, contiguous, from an address that loads of 16 bytes can take."""
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
@@ -176,8 +177,24 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     threads, shared, where = launch.threads, launch.shared, ctypes.addressof(arguments)
-    _check(_driver().cuLaunchKernel(function, *launch.grid, 1, threads, 1, 1, shared, stream, where, 0))
+    blocks_and_threads = *launch.grid, 1, threads, 1, 1
+    result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
+    if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
+        _make_current(device)
+        result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
+    _check(result)
     return None
+
+
+def _make_current(device: int) -> None:
+    """Give this thread the context that PyTorch has for a device."""
+    driver = _driver()
+    _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(device))))
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph cannot hold the first call of a compressed layer: call it once before.")
 
 
 @functools.cache
@@ -199,8 +216,9 @@ def _limits(device: int) -> tuple[int, int]:
 def _function(kernel: str, device: int) -> Any:
     """The kernel as a CUfunction of a device, allowed all shared memory that there is."""
     driver = _driver()
+    _refuse_capture()
     with torch.cuda.device(device):
-        torch.cuda.current_stream().query()  # now there is a context
+        _make_current(device)
         code, name = _compile(kernel, *torch.cuda.get_device_capability(device))
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         function = _check(driver.cuKernelGetFunction(_check(driver.cuLibraryGetKernel(library, name))))

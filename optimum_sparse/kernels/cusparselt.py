@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cuda import aligned
+
 
 logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
-OUT, TOKENS = 16, 8  # sizes must be multiples of these
+SIZES = 64  # outputs and inputs must be, and tokens are made, multiples of this: see `usable`
 OLDEST = 600
 OPAQUE = 2**14  # bytes: all of the library's structures have less, in all of its versions so far
 COLUMN, ROW, TRANSPOSE, FP32_SUMS, CONFIG_ID, CONFIG_MAX_ID = 1, 2, 1, 2, 0, 1  # of the library's enumerations
@@ -60,33 +62,44 @@ def pack(weight: Tensor, dense_mask: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out]."""
     tokens, in_features = x.shape
-    x = F.pad(x, (0, 0, 0, -tokens % TOKENS)).contiguous()
-    shape = out_features, in_features, len(x)
-    y = x.new_empty(len(x), out_features)
-    _multiply(_best_algorithm(x, packed, y, shape), shape, packed, x, y)
+    more = -tokens % SIZES
+    x = F.pad(x, (0, 0, 0, more)) if more else aligned(x)
+    shape = out_features, in_features, tokens + more
+    y = x.new_empty(tokens + more, out_features)
+    with torch.cuda.device(x.device):
+        algorithm = _best_algorithm(x, packed, y, shape)
+        try:
+            _multiply(algorithm, shape, packed, x, y)
+        except RuntimeError:  # it was the best for about as many tokens, and does not take these
+            if not algorithm:
+                raise
+            _multiply(0, shape, packed, x, y)
     y = y[:tokens]
     return y if bias is None else y.add_(bias)
 
 
+def usable(device: int, out_features: int, in_features: int) -> bool:
+    """Whether cuSPARSELt takes a weight of this size.
+
+    It claims to take multiples of 16, and of 8 tokens; at 64 x 320 and 104 tokens one of its algorithms (0.8, H100)
+    ended in an illegal instruction, which no program survives.
+    """
+    return out_features % SIZES == 0 and in_features % SIZES == 0 and unavailable(device) is None
+
+
 def _multiply(algorithm: int, shape: tuple[int, int, int], packed: Tensor, x: Tensor, y: Tensor) -> None:
-    plan, workspace = _plan(x.device.index, x.dtype, shape, algorithm)
-    scratch = torch.empty(workspace, dtype=torch.uint8, device=x.device)
-    one, zero = ctypes.c_float(1), ctypes.c_float(0)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
-    _call(
-        "Matmul",
-        _handle(x.device.index),
-        plan.address,
-        ctypes.addressof(one),
-        packed.data_ptr(),
-        x.data_ptr(),
-        ctypes.addressof(zero),
-        y.data_ptr(),
-        y.data_ptr(),
-        scratch.data_ptr() or None,
-        ctypes.addressof(stream),
-        1,
-    )
+    device = x.get_device()
+    plan, workspace = _plan(device, x.dtype, shape, algorithm)
+    scratch = torch.empty(workspace, dtype=torch.uint8, device=x.device) if workspace else None
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    output, scratch_at = y.data_ptr(), None if scratch is None else scratch.data_ptr()
+    streams = ctypes.addressof(stream), 1
+    operands = _ONE, packed.data_ptr(), x.data_ptr(), _ZERO, output, output
+    _call("Matmul", _handle(device), plan.address, *operands, scratch_at, *streams)
+
+
+_NUMBERS = (ctypes.c_float * 2)(1, 0)
+_ONE, _ZERO = ctypes.addressof(_NUMBERS), ctypes.addressof(_NUMBERS) + 4
 
 
 # ---- algorithms
@@ -94,27 +107,34 @@ def _multiply(algorithm: int, shape: tuple[int, int, int], packed: Tensor, x: Te
 
 def _best_algorithm(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int, int]) -> int:
     """The fastest for a shape and about as many tokens: timed once, and known from then on."""
-    out_features, in_features, tokens = shape
-    about = 1 << (tokens - 1).bit_length()
-    name = torch.cuda.get_device_name(x.device)
-    key = f"{name}, {torch.backends.cusparselt.version()}, {x.dtype}, {out_features}x{in_features}, {about} tokens"
-    known = _known_algorithms()
+    key, known = _key(x.get_device(), x.dtype, shape), _known_algorithms()
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return 0  # nothing can be timed now
-        known[key] = _time_algorithms(x, packed, y, shape)
+        best = _time_algorithms(x, packed, y, shape)
+        if best is None:
+            return 0
+        known[key] = best
         _remember(known)
     return known[key]
 
 
-def _time_algorithms(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int, int]) -> int:
-    best, least = 0, float("inf")
+@functools.lru_cache(maxsize=4096)
+def _key(device: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
+    out_features, in_features, tokens = shape
+    name, version = torch.cuda.get_device_name(device), torch.backends.cusparselt.version()
+    about = 1 << (tokens - 1).bit_length()
+    return f"{name}, {version}, {dtype}, {out_features}x{in_features}, {about} tokens"
+
+
+def _time_algorithms(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int, int]) -> int | None:
+    best, least, stream = None, float("inf"), torch.cuda.Stream(x.device)
     for algorithm in range(_algorithms(x.device.index, x.dtype, shape)):
         try:
             _multiply(algorithm, shape, packed, x, y)
             torch.cuda.synchronize(x.device)
             graph = torch.cuda.CUDAGraph()  # without it, launches are what is timed
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 for _ in range(8):
                     _multiply(algorithm, shape, packed, x, y)
         except RuntimeError:  # not every algorithm takes every shape
@@ -137,6 +157,10 @@ def _cache_file() -> Path:
 
 @functools.cache
 def _known_algorithms() -> dict[str, int]:
+    return _read_known()
+
+
+def _read_known() -> dict[str, int]:
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         found = json.loads(_cache_file().read_text())
         if isinstance(found, dict) and all(isinstance(value, int) for value in found.values()):
@@ -149,9 +173,10 @@ def _remember(known: dict[str, int]) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         file = _cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
-            json.dump(known, part, indent=1)
-        os.replace(part.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as part:
+            written = Path(part) / file.name
+            written.write_text(json.dumps(_read_known() | known, indent=1))  # others may have written meanwhile
+            os.replace(written, file)
 
 
 # ---- the library
@@ -171,11 +196,16 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL("libcusparseLt.so.0")  # the one that PyTorch has loaded
 
 
+@functools.cache
+def _function(name: str, arguments: int) -> Any:
+    found = getattr(_library(), f"cusparseLt{name}")
+    found.argtypes = [ctypes.c_void_p] * arguments  # as wide as a register, and None is null
+    return found
+
+
 def _call(name: str, *arguments: int | None) -> None:
     """All arguments are pointers, 64-bit or small numbers: ctypes passes each as 64 bits, which the ABI allows."""
-    status = getattr(_library(), f"cusparseLt{name}")(
-        *(None if argument is None else ctypes.c_int64(argument) for argument in arguments)
-    )
+    status = _function(name, len(arguments))(*arguments)
     if status:
         raise RuntimeError(f"cusparseLt{name} returned {status}")
 

@@ -1,8 +1,9 @@
 """The seam: y = x W^T + b for a compressed W as one op, `optimum_sparse::linear`, and the choice of what runs it.
 
 The op has a reference in plain PyTorch, which expands W and multiplies, for every device and dtype; kernels where
-`select` names one; a fake implementation for torch.compile; gradients for x and the bias, not for W. `expand`, the
-dense W, is an op as well.
+`select` names one; a fake implementation for torch.compile; gradients for x and the bias, not for W. PyTorch goes
+through Python once more for these, at every call: `linear_without_gradients` is the same op for where none are wanted.
+`expand`, the dense W, is an op as well.
 
 W comes as it is on disk (formats.bitmask), or with `overflow` and `starts` as CUDA kernels need it (formats.slots), or
 2:4 with `semi_structured`, cuSPARSELt's buffer, in which its values lie. `group` is M of N:M; 0 if there is none or it
@@ -33,20 +34,24 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, in_features: int, tokens: int) -> Choice:
-    """What multiplies x [tokens, in] by a weight of this dtype and pattern that is compressed on this device."""
+def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int], tokens: int) -> Choice:
+    """What multiplies x [tokens, in] by a compressed weight (out, in) of this dtype and pattern on this device."""
+    out_features, in_features = shape
     if device.type == "cuda":
         problem = cuda.refuses(device, dtype, in_features)
+        even = slots.even_slots(pattern, in_features)
+        if not problem and not even and in_features > slots.MOST_COLUMNS:
+            problem = f"more than {slots.MOST_COLUMNS} inputs"
         if problem:
             return Choice("reference", problem)
-        even = slots.even_slots(pattern, in_features)
         pairs = _are_pairs(pattern, even)
-        if pairs and tokens > PAIRS_TOKENS and cusparselt.unavailable(device.index or 0) is None:
+        if tokens > PAIRS_TOKENS and pairs and cusparselt.usable(_index(device), out_features, in_features):
             return Choice("cusparselt", f"2:4 and more than {PAIRS_TOKENS} tokens: sparse tensor cores")
-        name = cuda.kernel(tokens, pairs, not even)
-        if name is None:
-            return Choice("expand", f"more than {cuda.MOST_TOKENS} tokens: the weight is expanded, then cuBLAS")
-        return Choice(name, f"up to {cuda.MOST_TOKENS} tokens: reads the compressed weight alone")
+        layout = cuda.Layout(dtype, out_features, in_features, even or 16, pairs, not even)
+        launch = cuda.plan(layout, tokens, _index(device))
+        if launch is None:
+            return Choice("expand", "the weight is expanded, then cuBLAS: nothing that reads it compressed is faster")
+        return Choice(launch.kernel.split("<")[0], "reads the compressed weight alone")
     if device.type != "cpu":
         return Choice("reference", f"there is no kernel for {device.type} yet")
     if dtype not in cpu.TYPES:
@@ -68,8 +73,12 @@ def wanted_layout(device: torch.device, dtype: torch.dtype, pattern: Pattern, sh
     even = slots.even_slots(pattern, in_features)
     if not even:
         return "slots" if in_features <= slots.MOST_COLUMNS else None
-    usable = out_features % cusparselt.OUT == 0 and cusparselt.unavailable(device.index or 0) is None
-    return "cusparselt" if usable and _are_pairs(pattern, even) else None
+    pairs = _are_pairs(pattern, even)
+    return "cusparselt" if pairs and cusparselt.usable(_index(device), out_features, in_features) else None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 _LIBRARY = torch.library.Library("optimum_sparse", "FRAGMENT")
@@ -77,8 +86,10 @@ _MORE = "int group=0, Tensor? overflow=None, Tensor? starts=None, Tensor? semi_s
 _MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_features"
 _LIBRARY.define(f"expand({_MATRIX}, {_MORE}) -> Tensor")
 _LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, {_MORE}) -> Tensor")
+_LIBRARY.define(f"linear_without_gradients(Tensor x, {_MATRIX}, Tensor? bias, {_MORE}) -> Tensor")
 expand = torch.ops.optimum_sparse.expand.default
-op = torch.ops.optimum_sparse.linear.default
+_linear = torch.ops.optimum_sparse.linear.default
+_linear_without_gradients = torch.ops.optimum_sparse.linear_without_gradients.default
 
 
 class _Matrix(NamedTuple):
@@ -114,6 +125,8 @@ def _cuda_layout(
         return None
     pattern = NM(stored[1] * group // in_features, group)
     even = slots.even_slots(pattern, in_features)
+    if even and even * in_features != stored[1] * 32:
+        raise ValueError(f"weight has {stored[1]} values a row: {pattern} of {in_features} inputs has another number.")
     return cuda.Layout(dtype, stored[0], in_features, even, _are_pairs(pattern, even), False) if even else None
 
 
@@ -225,6 +238,8 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     rows = weight_mask.shape[0]
     if weight_mask.dtype != torch.uint8 or weight_mask.dim() != 2 or weight_mask.shape[1] != -(-in_features // 8):
         raise ValueError(f"weight_mask is {_describe(weight_mask)}: must be uint8 [out, {-(-in_features // 8)}].")
+    if weight.dim() == 2 and weight.shape[0] != rows:
+        raise ValueError(f"weight is {_describe(weight)}: weight_mask has {rows} rows.")
     if weight_rows is not None and (weight_rows.dtype != torch.int64 or weight_rows.shape != (rows + 1,)):
         raise ValueError(f"weight_rows is {_describe(weight_rows)}: must be int64 [{rows + 1}].")
     if (overflow is None) != (starts is None):
@@ -239,9 +254,9 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
             raise ValueError(
                 f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(places)}."
             )
-    size = rows * in_features * 9 // 16
-    if packed is not None and (packed.dtype != weight.dtype or packed.shape != (size,)):
-        raise ValueError(f"semi_structured is {_describe(packed)}: must be [{size}] of the weight's dtype.")
+    size = rows * in_features * 9 // 16  # and what the library's metadata is padded with
+    if packed is not None and (packed.dtype != weight.dtype or packed.numel() < size):
+        raise ValueError(f"semi_structured is {_describe(packed)}: must be {size} or more of the weight's dtype.")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
 
@@ -250,55 +265,49 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-class _Linear(torch.autograd.Function):
-    """The op with gradients for x and the bias."""
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    matrix, _ = _split(inputs[1:])
+    if matrix.weight.requires_grad:
+        raise ValueError(
+            "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
+            "(weight.requires_grad_(False)) and train adapters."
+        )
+    ctx.save_for_backward(*[part for part in matrix if isinstance(part, Tensor)])
+    ctx.others = [None if isinstance(part, Tensor) else (part,) for part in matrix]
+    ctx.inputs = len(inputs)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        matrix, _ = _split(args)
-        ctx.save_for_backward(*[part for part in matrix if isinstance(part, Tensor)])
-        ctx.others = [None if isinstance(part, Tensor) else (part,) for part in matrix]
-        ctx.inputs = 1 + len(args)
-        return op(x, *args)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        matrix = [next(saved) if other is None else other[0] for other in ctx.others]
-        gradients: list[Tensor | None] = [None] * ctx.inputs
-        if ctx.needs_input_grad[0]:
-            gradients[0] = gradient @ expand(*matrix)
-        if ctx.needs_input_grad[5]:
-            gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
-        return tuple(gradients)
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    matrix = [next(saved) if other is None else other[0] for other in ctx.others]
+    gradients: list[Tensor | None] = [None] * ctx.inputs
+    if ctx.needs_input_grad[0]:
+        gradients[0] = gradient @ expand(*matrix)
+    if ctx.needs_input_grad[5]:
+        gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return tuple(gradients)
 
 
 def linear(x: Tensor, *args: Any) -> Tensor:
-    """x [..., in] -> [..., out]: `optimum_sparse::linear`, with gradients for x and the bias where they are wanted.
-
-    Gradients are not the op's own: PyTorch would go through Python once more at every call, wanted or not.
+    """x [..., in] -> [..., out]; gradients for x and the bias where gradients are enabled.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the compressed weight itself wants a gradient.
     """
-    weight, bias = args[0], args[4]
-    if torch.is_grad_enabled():
-        if weight.requires_grad:
-            raise ValueError(
-                "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
-                "(weight.requires_grad_(False)) and train adapters."
-            )
-        if x.requires_grad or (bias is not None and bias.requires_grad):
-            return _Linear.apply(x, *args)
-    return op(x, *args)
+    if (
+        torch.is_grad_enabled() or torch.jit.is_tracing()
+    ):  # traces are checked without gradients
+        return _linear(x, *args)
+    return _linear_without_gradients(x, *args)
 
 
 _LIBRARY.impl("expand", _expand_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("expand", _expand_cpu, "CPU")
 _LIBRARY.impl("expand", _expand_cuda, "CUDA")
-_LIBRARY.impl("linear", reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear_cpu, "CPU")
-_LIBRARY.impl("linear", _linear_cuda, "CUDA")
 torch.library.register_fake("optimum_sparse::expand", _expand_fake, lib=_LIBRARY)
-torch.library.register_fake("optimum_sparse::linear", _linear_fake, lib=_LIBRARY)
+for _name in ("linear", "linear_without_gradients"):
+    _LIBRARY.impl(_name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _linear_cpu, "CPU")
+    _LIBRARY.impl(_name, _linear_cuda, "CUDA")
+    torch.library.register_fake(f"optimum_sparse::{_name}", _linear_fake, lib=_LIBRARY)
+torch.library.register_autograd("optimum_sparse::linear", _backward, setup_context=_save, lib=_LIBRARY)

@@ -28,6 +28,7 @@ class SparseLinear(nn.Module):
     overflow: Tensor | None  # packed only: formats.slots
     starts: Tensor | None
     semi_structured: Tensor | None  # packed only: kernels.cusparselt; the values are a view into it
+    _loaded: bool = False  # by the latest load_state_dict
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -43,16 +44,17 @@ class SparseLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.pattern = pattern
-        self.register_buffer("weight_rows", None)
-        self.register_buffer("overflow", None, persistent=False)
-        self.register_buffer("starts", None, persistent=False)
-        self.register_buffer("semi_structured", None, persistent=False)
+        self.checked = False  # whether the tensors are known to hold a matrix: memory that was never written does not
         for name, (shape, fixed) in bitmask.layout((out_features, in_features), pattern).items():
             tensor = torch.empty(shape, dtype=fixed or dtype, device=device)
             if name == "weight":
                 self.weight = nn.Parameter(tensor, requires_grad=False)
             else:
                 self.register_buffer(name, tensor)
+        if not hasattr(self, "weight_rows"):
+            self.register_buffer("weight_rows", None)
+        for name in ("overflow", "starts", "semi_structured"):  # after all others: torch.export counts on it
+            self.register_buffer(name, None, persistent=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_load_state_dict_post_hook(_validate_loaded)
 
@@ -66,6 +68,7 @@ class SparseLinear(nn.Module):
             linear.register_buffer(name, tensor)
         if bias is not None:
             linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        linear.checked = True
         linear.pack()
         return linear
 
@@ -76,7 +79,7 @@ class SparseLinear(nn.Module):
 
     def pack(self) -> None:
         """Move the values to where the kernels of this device want them, if they do."""
-        if self.packed:
+        if self.packed or not self.checked or not self.weight.numel():
             return
         weight, shape = self.weight, (self.out_features, self.in_features)
         layout = wanted_layout(weight.device, weight.dtype, self.pattern, shape)
@@ -86,7 +89,17 @@ class SparseLinear(nn.Module):
         elif layout == "cusparselt":
             keep = bitmask.unpack_bits(self.weight_mask, self.in_features)
             self.semi_structured = cusparselt.pack(weight.data, keep)
+            self._share()
+
+    def _share(self) -> None:
+        """Let the values be those of cuSPARSELt's buffer."""
+        if self.semi_structured is not None:
+            weight = self.weight
             weight.data = self.semi_structured[: weight.numel()].view(weight.shape)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._share()  # a copy of both has copied the values twice
 
     def unpack(self) -> None:
         """Undo `pack`."""
@@ -110,6 +123,7 @@ class SparseLinear(nn.Module):
     def validate(self) -> None:
         """Raise ValueError unless the tensors hold exactly one matrix of this layer's shape and pattern."""
         bitmask.validate(self.compressed(), (self.out_features, self.in_features), self.pattern)
+        self.checked = True
 
     def to_dense(self) -> Tensor:
         """The weight [out, in], zeros in place."""
@@ -138,18 +152,22 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed:
-            destination[f"{prefix}weight"] = self._values()
+        if self.packed:  # a tensor of its own: safetensors refuses views into a larger one
+            destination[f"{prefix}weight"] = self._values().clone()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        mine = f"{prefix}weight" in state_dict and f"{prefix}weight_mask" in state_dict
+        if mine:
+            self.unpack()
+            self.checked = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._loaded = mine
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, pattern='{self.pattern}'"
 
 
 def _validate_loaded(linear: SparseLinear, incompatible: Any) -> None:
-    if not incompatible.missing_keys and not linear.weight.is_meta:
+    if linear._loaded and not linear.weight.is_meta:
         linear.validate()
         linear.pack()

@@ -179,9 +179,12 @@ def test_inputs_with_gaps():
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
 def test_opcheck(pattern: Pattern, tokens: int):
-    """PyTorch's own test of an op: schema, fake implementation, dynamic shapes."""
+    """PyTorch's own test of an op: schema, fake implementation, autograd registration."""
     _, packed, bias = layer(pattern)
-    torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (torch.randn(tokens, 40), *packed, 40, bias))
+    for requires_grad in (False, True):
+        x = torch.randn(tokens, 40, requires_grad=requires_grad)
+        torch.library.opcheck(torch.ops.optimum_sparse.linear.default, (x, *packed, 40, bias))
+    torch.library.opcheck(torch.ops.optimum_sparse.linear_without_gradients.default, (x.detach(), *packed, 40, bias))
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -211,6 +214,12 @@ def test_under_tracers_and_transforms(tokens: int):
     torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(call)(x)(other), wanted)
     torch.testing.assert_close(torch.func.functionalize(call)(other), wanted)
     torch.testing.assert_close(torch.vmap(call)(other), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(call)(other), wanted)
+        torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(call)(x)(other), wanted)
+    batch = other.clone().requires_grad_()
+    torch.vmap(call)(batch).sum().backward()
+    torch.testing.assert_close(batch.grad, weight.sum(0).expand(tokens, 40))
     torch.testing.assert_close(call(torch._neg_view(other)), F.linear(-other, weight, bias))
 
 
@@ -240,6 +249,22 @@ def test_a_compressed_weight_is_not_trained():
         linear(torch.randn(1, 40), values, *packed[1:], 40, bias)
     with torch.no_grad():
         linear(torch.randn(1, 40), values, *packed[1:], 40, bias)
+
+
+def test_double_backward():
+    weight, packed, bias = layer()
+    results = []
+    for call in (lambda x: linear(x, *packed, 40, bias), lambda x: F.linear(x, weight, bias)):
+        x = torch.linspace(-1, 1, 80).view(2, 40).requires_grad_()
+        (first,) = torch.autograd.grad(call(x).pow(3).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_a_weight_of_another_shape_than_its_mask_is_named():
+    _, packed, bias = layer()
+    with pytest.raises(ValueError, match=r"weight is float32 \[5, 20\]: weight_mask has 12 rows"):
+        linear(torch.randn(2, 40), packed[0][:5], packed[1], None, 40, bias)
 
 
 def test_bad_inputs_are_named():
@@ -274,14 +299,16 @@ def test_bad_inputs_are_named():
 
 def test_select_says_what_runs_and_why():
     for tokens in (1, CPU_TOKENS, CPU_TOKENS + 1):
-        choice = select(torch.device("cpu"), torch.bfloat16, NM(2, 4), 64, tokens)
+        choice = select(torch.device("cpu"), torch.bfloat16, NM(2, 4), (64, 64), tokens)
         if not BUILT:
             assert choice == ("reference", "the CPU kernel was not built")
         else:
             assert choice.backend == ("cpu" if tokens <= CPU_TOKENS else "expand")
             assert str(CPU_TOKENS) in choice.reason
-    assert select(torch.device("cpu"), torch.float64, NM(2, 4), 64, 1).backend == "reference"
-    assert select(torch.device("meta"), torch.float32, NM(2, 4), 64, 1).reason == "there is no kernel for meta yet"
+    assert select(torch.device("cpu"), torch.float64, NM(2, 4), (64, 64), 1).backend == "reference"
+    assert (
+        select(torch.device("meta"), torch.float32, NM(2, 4), (64, 64), 1).reason == "there is no kernel for meta yet"
+    )
 
 
 def test_without_the_library_the_reference_runs_after_one_warning(monkeypatch: pytest.MonkeyPatch):

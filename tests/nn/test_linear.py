@@ -200,3 +200,63 @@ def test_gradients_through_a_packed_layer():
     x = random_weight(3, 192).bfloat16().requires_grad_()
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, weight.float().sum(0).expand(3, 192).bfloat16())
+
+
+# ---- what moves and loads layers
+
+
+@pytest.mark.usefixtures("packing")
+def test_a_state_dict_without_this_layer_leaves_it_packed():
+    """PEFT and Trainer load adapters alone, with strict=False."""
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), Unstructured(0.5))).bfloat16()
+    model = torch.nn.Sequential(SparseLinear.from_dense(weight, None, Unstructured(0.5)), torch.nn.Linear(24, 2))
+    assert model[0].packed
+    model.load_state_dict({"1.weight": torch.zeros(2, 24)}, strict=False)
+    assert model[0].packed
+    incomplete = {name: tensor for name, tensor in model.state_dict().items() if name != "1.bias"}
+    model.load_state_dict(incomplete, strict=False)
+    assert model[0].packed
+    assert torch.equal(model[0].to_dense(), weight)
+
+
+@pytest.mark.usefixtures("packing")
+def test_a_layer_that_was_never_filled_can_move():
+    layer = SparseLinear(192, 24, False, Unstructured(0.5), torch.bfloat16)
+    layer.weight_mask.random_()
+    layer.to(torch.float16).to(torch.bfloat16)
+    assert not layer.packed
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), Unstructured(0.5))).bfloat16()
+    layer.load_state_dict(SparseLinear.from_dense(weight, None, Unstructured(0.5)).state_dict())
+    assert layer.packed
+    assert torch.equal(layer.to_dense(), weight)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_export(pattern: Pattern, packed: bool, request: pytest.FixtureRequest):
+    if packed:
+        request.getfixturevalue("packing")
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
+    layer, x = SparseLinear.from_dense(weight, None, pattern), random_weight(3, 192).bfloat16()
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_shares_what_the_layer_shares(copied):
+    """As cuSPARSELt's buffer: the values are a view into it, also in a copy."""
+    weight = pruned(NM(2, 4))
+    layer = SparseLinear.from_dense(weight, None, NM(2, 4))
+    layer.semi_structured = torch.cat([layer.weight.data.flatten(), torch.zeros(9)])
+    layer._share()
+    other = copied(layer)
+    assert other.weight.untyped_storage().data_ptr() == other.semi_structured.untyped_storage().data_ptr()
+    assert other.weight.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
+    assert torch.equal(other.to_dense(), weight)
+    stored = layer.state_dict()["weight"]
+    assert stored.untyped_storage().nbytes() == stored.numel() * stored.element_size()
+    layer.unpack()
+    assert torch.equal(layer.to_dense(), weight)
