@@ -294,9 +294,7 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the compressed weight itself wants a gradient.
     """
-    if (
-        torch.is_grad_enabled() or torch.jit.is_tracing()
-    ):  # traces are checked without gradients
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
         return _linear(x, *args)
     return _linear_without_gradients(x, *args)
 

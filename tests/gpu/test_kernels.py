@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -182,11 +185,53 @@ def test_2of4_shares_its_values_with_cusparselt():
     assert torch.equal(y, wanted)
 
 
+EVERY_ALGORITHM = """
+    import sys, torch
+    from optimum_sparse.core import NM, keep_mask
+    from optimum_sparse.kernels import cusparselt
+
+    *shape, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
+    out_features, in_features, tokens = shape
+    weight = torch.randn(out_features, in_features, device="cuda")
+    keep = keep_mask(weight.abs(), NM(2, 4))
+    values = weight[keep].view(out_features, -1).to(dtype)
+    packed, x = cusparselt.pack(values, keep), torch.randn(tokens, in_features, device="cuda").to(dtype)
+    exact = x.double() @ (weight.to(dtype) * keep).double().T
+    ran = 0
+    for algorithm in range(cusparselt._algorithms(0, dtype, tuple(shape))):
+        y = torch.full((tokens, out_features), float("nan"), device="cuda", dtype=dtype)
+        print("algorithm", algorithm, flush=True)
+        try:
+            cusparselt._multiply(algorithm, tuple(shape), packed, x, y)
+        except RuntimeError as error:
+            print(error, flush=True)
+            continue
+        torch.cuda.synchronize()
+        assert ((y.double() - exact).norm() / exact.norm()).item() < 4e-3, algorithm
+        ran += 1
+    print("done", ran, flush=True)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "shape", [(64, 320, 128), (64, 64, 64), (192, 576, 64), (1088, 4160, 192), (64, 11008, 64), (4096, 4096, 320)]
+)
+def test_no_algorithm_of_cusparselt_fails_at_sizes_that_are_let_through(shape, dtype):
+    """In a process of its own: an illegal instruction ends it. Algorithms are timed, so all of them run."""
+    assert cusparselt.usable(0, *shape[:2])
+    code = [sys.executable, "-c", textwrap.dedent(EVERY_ALGORITHM), *map(str, shape), dtype]
+    run = subprocess.run(code, capture_output=True, text=True, check=False)
+    last = run.stdout.splitlines()[-1].split()
+    assert last[0] == "done", run.stdout + run.stderr
+    assert int(last[1]) > 0
+
+
 def test_algorithms_are_timed_once_and_known_from_then_on(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cusparselt._known_algorithms.cache_clear()
-    weight = sparse((64, 320), NM(2, 4), torch.float16)
-    layer, x = SparseLinear.from_dense(weight, None, NM(2, 4)), torch.randn(100, 320, device="cuda").half()
+    weight = sparse((192, 576), NM(2, 4), torch.float16)
+    layer, x = SparseLinear.from_dense(weight, None, NM(2, 4)), torch.randn(100, 576, device="cuda").half()
     wanted = layer(x)
     assert len(json.loads((tmp_path / "optimum_sparse" / "cusparselt.json").read_text())) == 1
     cusparselt._known_algorithms.cache_clear()
