@@ -1,4 +1,4 @@
-"""Every launch of the CUDA kernels that fits a shape and a number of tokens, timed: what `kernels.cuda.plan` chooses from.
+"""Every launch of the CUDA kernels that fits a shape and a number of tokens, timed: what `plan` chooses from.
 
     python tests/benchmarks/kernels.py --pattern 16:32 --shapes 4096x4096 11008x4096 --tokens 1 4 8 16
 
@@ -38,9 +38,7 @@ def main() -> None:
         first = compress(weight, pattern)
         copies = -(-CACHE // (rows * columns))
         dense = [weight.clone() for _ in range(copies)]
-        packed = [
-            cuda.Matrix(*(t if t is None else t.clone() for t in first[:4]), first.layout) for _ in range(copies)
-        ]
+        packed = [clone(first) for _ in range(copies)]
         print(f"{text}: expand {time(lambda m: cuda.expand(m), packed):.1f}")
         for tokens in args.tokens:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
@@ -72,6 +70,10 @@ def compress(weight: torch.Tensor, pattern) -> cuda.Matrix:
     count = packed.values.shape[1] * 32 // columns
     layout = cuda.Layout(weight.dtype, rows, columns, count, False, True)
     return cuda.Matrix(packed.values, mask, packed.overflow, packed.starts, layout)
+
+
+def clone(matrix: cuda.Matrix) -> cuda.Matrix:
+    return cuda.Matrix(*(None if part is None else part.clone() for part in matrix[:4]), matrix.layout)
 
 
 def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
