@@ -108,14 +108,19 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
             return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
     row_tiles = 1 if layout.overflow and tokens <= 16 else 2
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    staged, sums = 64 * token_tiles * X_ROW, 1024 * row_tiles * token_tiles * 4
-    if layout.pairs:
-        name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
-    else:
-        name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * TILE_ROW + staged
-    grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
-    launch = Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums))
+    launch = tensor_cores(layout, tokens, 8, row_tiles, token_tiles)
     return launch if launch.shared <= most_shared else None
+
+
+def tensor_cores(layout: Layout, tokens: int, warps: int, row_tiles: int, token_tiles: int) -> Launch:
+    """`multiply` or `multiply_pairs` with these template arguments."""
+    bf16, sums = TYPES[layout.dtype], warps * 8 * token_tiles * 16 * row_tiles * 4
+    if layout.pairs:
+        name, shared = f"multiply_pairs<{bf16}", 64 + 2 * warps * 8 * token_tiles * X_ROW
+    else:
+        name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * TILE_ROW + 64 * token_tiles * X_ROW
+    grid = -(-layout.rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
+    return Launch(f"{name},{warps},{row_tiles},{token_tiles}>", grid, 32 * warps, max(shared, sums))
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:

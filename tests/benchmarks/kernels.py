@@ -7,6 +7,7 @@ rotated past the cache, results against float64. `*` is what `plan` chooses.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
@@ -86,15 +87,8 @@ def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
         for warps, blocks in ((4, 8), (8, 2), (8, 4), (8, 6), (16, 1), (16, 2), (16, 3)):
             grid = min(-(-rows // warps), blocks * processors), 1
             launches.append(cuda.Launch(f"gather<{bf16},{staged},{layout.template}>", grid, 32 * warps, shared))
-    for row_tiles in (1, 2):
-        for token_tiles in (1, 2, 4):
-            grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
-            staged, sums = 64 * token_tiles * cuda.X_ROW, 4096 * row_tiles * token_tiles
-            if layout.pairs:
-                name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
-            else:
-                name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * cuda.TILE_ROW + staged
-            launches.append(cuda.Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums)))
+    for warps, row_tiles, token_tiles in itertools.product((8, 16), (1, 2), (1, 2, 4)):
+        launches.append(cuda.tensor_cores(layout, tokens, warps, row_tiles, token_tiles))
     return (launch for launch in launches if launch.shared <= most_shared)
 
 

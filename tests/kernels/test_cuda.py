@@ -73,9 +73,15 @@ def sparse(shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> torc
     return weight.to(dtype)
 
 
-def check(weight: torch.Tensor, matrix: cuda.Matrix, tokens: int, bias: torch.Tensor | None) -> None:
+def check(
+    weight: torch.Tensor,
+    matrix: cuda.Matrix,
+    tokens: int,
+    bias: torch.Tensor | None,
+    launch: cuda.Launch | None = None,
+) -> None:
     x = random_weight(tokens, weight.shape[1], seed=tokens).to(weight.dtype)
-    launch = cuda.plan(matrix.layout, tokens, 0)
+    launch = launch or cuda.plan(matrix.layout, tokens, 0)
     assert launch is not None
     y = cuda.linear(launch, x, matrix, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -95,6 +101,17 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
     names = {launch.kernel.split("<")[0] for launch in launched}
     assert names == {"gather", "multiply_pairs" if matrix.layout.pairs else "multiply"}
     assert cuda.plan(matrix.layout, 65, 0) is None
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_twice_the_warps(pattern: Pattern):
+    """What `plan` may choose, and tests/benchmarks/kernels.py measures."""
+    for shape in ((37, 96), (20, 2144)):
+        weight = sparse(shape, pattern, torch.bfloat16)
+        matrix = compress(weight, pattern)
+        row_tiles = 1 if matrix.layout.overflow else 2
+        for tokens, tiles in ((5, (row_tiles, 1)), (13, (2, 2))):
+            check(weight, matrix, tokens, None, cuda.tensor_cores(matrix.layout, tokens, 16, *tiles))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
