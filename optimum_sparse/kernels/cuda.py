@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,14 @@ class Matrix(NamedTuple):
     overflow: Tensor | None
     starts: Tensor | None
     layout: Layout
+
+    def some(self, rows: slice) -> "Matrix":
+        """A few rows of it, as views."""
+        values, mask, starts = self.values[rows], self.mask[rows], self.starts
+        if starts is not None:
+            steps = -(-self.layout.in_features // 1024)
+            starts = starts[rows.start * steps : (rows.start + len(mask)) * steps + 1]
+        return Matrix(values, mask, self.overflow, starts, self.layout._replace(rows=len(mask)))
 
 
 @functools.cache
@@ -130,10 +139,26 @@ def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Te
     return y
 
 
-def expand(matrix: Matrix) -> Tensor:
+def linear_through_dense(x: Tensor, matrix: Matrix, bias: Tensor | None, slab: int | None = None) -> Tensor:
+    """x [tokens, in] -> [tokens, out] by cuBLAS, from `slab` expanded rows at a time; all by default.
+
+    A slab that the GPU's cache holds would not go to memory and back. Whether that pays is not measured yet.
+    """
+    rows, in_features = matrix.layout.rows, matrix.layout.in_features
+    if slab is None or slab >= rows:
+        return F.linear(x, expand(matrix), bias)
+    y, scratch = x.new_empty(x.shape[0], rows), x.new_empty(slab, in_features)
+    for first in range(0, rows, slab):
+        here = slice(first, first + slab)
+        part = matrix.some(here)
+        torch.mm(x, expand(part, scratch[: part.layout.rows]).T, out=y[:, here])
+    return y if bias is None else y.add_(bias)
+
+
+def expand(matrix: Matrix, out: Tensor | None = None) -> Tensor:
     """The dense W [out, in]."""
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
-    dense = matrix.values.new_empty(rows, in_features)
+    dense = matrix.values.new_empty(rows, in_features) if out is None else out
     processors, _ = _limits(dense.get_device())
     blocks = min(-(-rows * -(-in_features // 1024) // 8), 8 * processors)
     _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)

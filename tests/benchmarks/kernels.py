@@ -10,6 +10,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -45,13 +46,17 @@ def main() -> None:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             exact = x.double() @ weight.double().T
             base = time(lambda w, x=x: F.linear(x, w), dense)
+            print(f"  {tokens} tokens, dense {base:.1f}")
             chosen, found = cuda.plan(first.layout, tokens, 0), {}
             for launch in {*candidates(first.layout, tokens), chosen} - {None}:
                 y = cuda.linear(launch, x, first, None)
                 assert ((y.double() - exact).norm() / exact.norm()).item() < 4e-3, launch
                 found[launch] = time(lambda m, x=x, launch=launch: cuda.linear(launch, x, m, None), packed)
+            for slab in (512, 1024, 2048, 4096, rows) if tokens > 32 else ():
+                call = partial(cuda.linear_through_dense, x, bias=None, slab=slab)
+                us = time(call, packed)
+                print(f"     {us:6.1f} ({base / us:.2f})  cuBLAS, {slab} rows expanded at a time", flush=True)
             best = sorted(found, key=found.__getitem__)[: args.show]
-            print(f"  {tokens} tokens, dense {base:.1f}")
             for launch in dict.fromkeys([*best, *([chosen] if chosen else [])]):
                 mark = "*" if launch == chosen else " "
                 us = found[launch]

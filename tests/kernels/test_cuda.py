@@ -122,6 +122,16 @@ def test_expand_is_exact(pattern: Pattern, dtype: torch.dtype):
         assert torch.equal(cuda.expand(compress(weight, pattern)), weight)
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), NM(3, 4), Unstructured(0.5)], ids=str)
+def test_some_rows_at_a_time(pattern: Pattern):
+    weight, x = sparse((37, 2112), pattern, torch.bfloat16), random_weight(5, 2112).bfloat16()
+    matrix, bias = compress(weight, pattern), random_weight(1, 37)[0].bfloat16()
+    assert torch.equal(cuda.expand(matrix.some(slice(3, 20))), weight[3:20])
+    wanted = F.linear(x, weight, bias)
+    for slab in (1, 8, 36, 37, 100, None):
+        torch.testing.assert_close(cuda.linear_through_dense(x, matrix, bias, slab), wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_rows_that_keep_all_and_rows_that_keep_nothing():
     """More than 64 values too many in a step: the loop past those that a lane has ready."""
     weight = torch.zeros(24, 1056).bfloat16()
