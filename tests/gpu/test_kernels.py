@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,6 +140,38 @@ def test_a_side_stream_and_a_cuda_graph():
     held.copy_(x)
     graph.replay()
     assert torch.equal(y, wanted)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_a_layer_on_another_gpu_than_the_current_one(pattern: Pattern):
+    weight = sparse((192, 576), pattern, torch.bfloat16).to("cuda:1")
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    assert torch.cuda.current_device() == 0
+    for tokens in (1, 8, 100):
+        x = torch.randn(tokens, 576, device="cuda:1").bfloat16()
+        check(layer(x), x, weight, None)
+    assert torch.cuda.current_device() == 0
+
+
+def test_in_a_new_thread():
+    """It has no CUDA context before it calls CUDA, and a kernel's launch is the first that it calls."""
+    weight = sparse((192, 576), NM(16, 32), torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, None, NM(16, 32))
+    x = torch.randn(2, 576, device="cuda").bfloat16()
+    wanted = layer(x)
+    with ThreadPoolExecutor(1) as pool, torch.no_grad():
+        assert torch.equal(pool.submit(layer, x).result(), wanted)
+
+
+def test_the_first_call_of_a_kernel_is_not_captured():
+    weight = sparse((40, 160), NM(3, 4), torch.float16)
+    layer, x = SparseLinear.from_dense(weight, None, NM(3, 4)), torch.randn(1, 160, device="cuda").half()
+    cuda._function.cache_clear()
+    refused = pytest.raises(RuntimeError, match="cannot hold the first call of a compressed layer")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        layer(x)
+    check(layer(x), x, weight, None)
 
 
 def test_without_the_cuda_bindings_the_reference_runs(
