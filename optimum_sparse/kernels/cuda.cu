@@ -13,8 +13,8 @@
 //
 // The layout is that of formats/slots.py: SLOTS values per word, the last ones of the word, after zeros if it has
 // fewer. What a word has more goes to a list: OVERFLOW. For 4:8, 8:16 and the like that is the disk format, for nothing
-// is left over. Whatever bits and columns a damaged W holds, kernels touch no memory but its own; `starts`
-// are made here, and trusted.
+// is left over. Whatever bits and columns a damaged W holds, kernels touch no memory but its own; `starts` are made by
+// this package, and trusted.
 
 #include <device.cuh>
 

@@ -28,7 +28,7 @@ from .cuda import aligned
 logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
-SIZES = 64  # outputs and inputs must be, and tokens are made, multiples of this: see `usable`
+SIZES, LEAST = 64, 128  # outputs and inputs must be multiples of the one, tokens are made so: see `usable`
 OLDEST = 600
 OPAQUE = 2**14  # bytes: all of the library's structures have less, in all of its versions so far
 COLUMN, ROW, TRANSPOSE, FP32_SUMS, CONFIG_ID, CONFIG_MAX_ID = 1, 2, 1, 2, 0, 1  # of the library's enumerations
@@ -84,7 +84,8 @@ def usable(device: int, out_features: int, in_features: int) -> bool:
     It claims to take multiples of 16, and of 8 tokens; at 64 x 320 and 104 tokens one of its algorithms (0.8, H100)
     ended in an illegal instruction, which no program survives.
     """
-    return out_features % SIZES == 0 and in_features % SIZES == 0 and unavailable(device) is None
+    fits = out_features % SIZES == 0 and in_features % SIZES == 0 and min(out_features, in_features) >= LEAST
+    return fits and unavailable(device) is None
 
 
 def _multiply(algorithm: int, shape: tuple[int, int, int], packed: Tensor, x: Tensor, y: Tensor) -> None:

@@ -79,7 +79,7 @@ def test_what_the_kernels_do_not_take_runs_through_the_reference(pattern: Patter
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
 def test_a_layer_that_moves(pattern: Pattern):
-    weight = sparse((64, 192), pattern, torch.bfloat16)
+    weight = sparse((128, 192), pattern, torch.bfloat16)
     layer = SparseLinear.from_dense(weight, None, pattern)
     assert layer.packed == (pattern != NM(16, 32))
     state = {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
@@ -198,10 +198,10 @@ def test_without_the_cuda_bindings_the_reference_runs(
 
 def test_2of4_shares_its_values_with_cusparselt():
     """Groups with fewer than two values too: kept zeros have a place on disk, and the buffer keeps it."""
-    weight = sparse((64, 192), NM(2, 4), torch.bfloat16)
+    weight = sparse((128, 192), NM(2, 4), torch.bfloat16)
     weight[::2, ::3] = 0
     weight[5] = 0
-    layer = SparseLinear.from_dense(weight, torch.randn(64, device="cuda").bfloat16(), NM(2, 4))
+    layer = SparseLinear.from_dense(weight, torch.randn(128, device="cuda").bfloat16(), NM(2, 4))
     assert layer.semi_structured is not None
     assert layer.weight.untyped_storage().data_ptr() == layer.semi_structured.untyped_storage().data_ptr()
     size = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (layer.weight, *layer.buffers())}
@@ -248,7 +248,7 @@ EVERY_ALGORITHM = """
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "shape", [(64, 320, 128), (64, 64, 64), (192, 576, 64), (1088, 4160, 192), (64, 11008, 64), (4096, 4096, 320)]
+    "shape", [(128, 320, 128), (128, 128, 64), (192, 576, 64), (1088, 4160, 192), (128, 11008, 64), (4096, 4096, 320)]
 )
 def test_no_algorithm_of_cusparselt_fails_at_sizes_that_are_let_through(shape, dtype):
     """In a process of its own: an illegal instruction ends it. Algorithms are timed, so all of them run."""
