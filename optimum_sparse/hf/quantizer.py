@@ -146,7 +146,7 @@ class SparsityQuantizer(HfQuantizer):
         linears = make_plan(model, config, strict=False).linears
         if _would_be_merged(model, linears):
             model._weight_conversions = []
-        state = model.state_dict()
+        state = _stored_state(model)
         for name, linear in linears.items():
             weight = state.pop(f"{name}.weight")
             weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
@@ -211,6 +211,23 @@ class Decompress(ConversionOps):
             weight = torch.zeros(linear.shape)  # not to be used: loading fails
         weight = weight.T.contiguous() if linear.transposed else weight
         return {"weight": weight.to(linear.module.weight.dtype)}
+
+
+def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict, with the values on the CPU of layers that lie otherwise on their device: a device that a model
+    fills has no room for all of them twice."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    packed = {name: module for name, module in layers.items() if module.packed}
+    for module in packed.values():
+        module.unpack()
+    try:
+        state = model.state_dict()
+        for name in packed:
+            state[f"{name}.weight"] = state[f"{name}.weight"].cpu()
+    finally:
+        for module in packed.values():
+            module.pack()
+    return state
 
 
 def _would_be_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:

@@ -34,6 +34,7 @@ import optimum_sparse
 from optimum_sparse import Pruner, SparseModelForCausalLM, SparsityConfig
 from optimum_sparse.hf.checkpoint import export_dense, inspect
 from optimum_sparse.nn import SparseLinear
+from optimum_sparse.nn import linear as sparse_linear
 
 
 MODES = [False, True]  # run_compressed
@@ -114,6 +115,24 @@ def test_calibration_text_uses_the_tokenizer_beside_the_model(tiny_llama):
         make_config("wanda", dataset=ids, num_samples=4, sequence_length=16)
     )
     assert_same_weights(model, wanted)
+
+
+def test_packed_layers_are_saved_as_they_were_loaded(tiny_llama, tmp_path, monkeypatch):
+    """What CUDA devices do to unstructured layers, here: packed on load, in order on disk, packed again."""
+    config = make_config("magnitude", "unstructured")
+    AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "one"
+    )
+    monkeypatch.setattr(sparse_linear, "wanted_layout", lambda device, dtype, pattern, shape: "slots")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", run_compressed=True)
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert layers
+    assert all(layer.packed for layer in layers)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert all(layer.packed for layer in layers)
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
