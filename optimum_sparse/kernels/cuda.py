@@ -184,11 +184,19 @@ class _Call(ctypes.Structure):
 
 def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     values, mask, overflow, starts, layout = matrix
-    tensors = [None if t is None else aligned(t) for t in (values, mask, overflow, starts, x, bias)]
-    values_at, mask_at, overflow_at, starts_at, x_at, bias_at = [None if t is None else t.data_ptr() for t in tensors]
-    pointers = values_at, mask_at, overflow_at, starts_at
-    tokens = 0 if x is None else x.shape[0]
-    call = _Call(*pointers, layout.rows, layout.in_features, x_at, bias_at, y.data_ptr(), tokens)
+    call = _Call()
+    call.rows, call.columns, call.y = layout.rows, layout.in_features, y.data_ptr()
+    values, mask = aligned(values), aligned(mask)  # names keep what was copied alive until the launch
+    call.values, call.mask = values.data_ptr(), mask.data_ptr()
+    if overflow is not None and starts is not None:
+        overflow, starts = aligned(overflow), aligned(starts)
+        call.overflow, call.starts = overflow.data_ptr(), starts.data_ptr()
+    if x is not None:
+        x = aligned(x)
+        call.x, call.tokens = x.data_ptr(), x.shape[0]
+    if bias is not None:
+        bias = aligned(bias)
+        call.bias = bias.data_ptr()
     _run(launch, call, y.get_device())
 
 

@@ -223,17 +223,21 @@ def _split(args: tuple) -> tuple[_Matrix, Tensor | None]:
     return _Matrix(*args[:4], *args[5:]), args[4]
 
 
+_NAMES = ("weight_mask", "weight_rows", "overflow", "starts", "semi_structured", "bias", "x")
+_OF_WEIGHTS_DTYPE = 4  # from here on
+
+
 def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
     weight, weight_mask, weight_rows, in_features, _, overflow, starts, packed = matrix
-    others = {"weight_mask": weight_mask, "weight_rows": weight_rows, "overflow": overflow, "starts": starts}
-    others["semi_structured"] = packed
-    for name, tensor in (*others.items(), ("bias", bias), ("x", x)):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {weight.device}: move one.")
-    for name, tensor in (("bias", bias), ("x", x)):
-        if tensor is not None and tensor.dtype != weight.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, the compressed weight {weight.dtype}: convert one.")
+    device, dtype = weight.device, weight.dtype
+    for index, tensor in enumerate((weight_mask, weight_rows, overflow, starts, packed, bias, x)):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{_NAMES[index]} is on {tensor.device}, the compressed weight on {device}: move one.")
+        if index >= _OF_WEIGHTS_DTYPE and tensor.dtype != dtype:
+            raise ValueError(f"{_NAMES[index]} is {tensor.dtype}, the compressed weight {dtype}: convert one.")
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {list(x.shape)}: its last dimension must be {in_features}, the layer's inputs.")
     rows = weight_mask.shape[0]
@@ -256,8 +260,8 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
                 f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(places)}."
             )
     size = rows * in_features * 9 // 16  # and what the library's metadata is padded with
-    if packed is not None and (packed.dtype != weight.dtype or packed.numel() < size):
-        raise ValueError(f"semi_structured is {_describe(packed)}: must be {size} or more of the weight's dtype.")
+    if packed is not None and packed.numel() < size:
+        raise ValueError(f"semi_structured is {_describe(packed)}: must be {size} or more.")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
 
