@@ -212,12 +212,13 @@ __global__ void __launch_bounds__(512) gather(const Call call) {
 
 // ---- tensor cores
 
+constexpr int WARPS = 8;  // of a block, which share out the columns: 128 for each at a time
 
 // A lane's number is 4 r + q. Of the 128 columns that its warp multiplies at a time it has word q: of rows r and r + 8 of W
 // and of token r. Sums do not care in which order columns come, so long as it is the same order for both.
 
 // The sums of all warps meet in shared memory, [warp][token][row].
-template <bool BF16, int WARPS, int ROW_TILES, int TOKEN_TILES>
+template <bool BF16, int ROW_TILES, int TOKEN_TILES>
 __device__ __forceinline__ void finish(const Call& call, float (&sum)[ROW_TILES][TOKEN_TILES][4], float* sums) {
   constexpr int ROWS = 16 * ROW_TILES, SUMS = 8 * TOKEN_TILES * ROWS;
   const int warp = threadIdx.x / LANES, r = threadIdx.x % LANES / 4, token = threadIdx.x % 4 * 2;
@@ -241,16 +242,15 @@ __device__ __forceinline__ void finish(const Call& call, float (&sum)[ROW_TILES]
 
 constexpr int X_ROW = 256 + 64;  // bytes of a token's 128 columns, and a gap that spreads tokens over banks
 
-// A warp starts to copy 128 columns of 8 * TOKEN_TILES tokens to shared memory, or a part of each word's; zeros beyond the
-// last column. Pieces of 16 bytes change places within a word, so that the lanes of a token read from different banks.
-template <int TOKEN_TILES, int PARTS>
-__device__ __forceinline__ void stage_x(const Call& call, int first_token, int column, int part, u32 to, int lane) {
-  constexpr int PIECES = 16 / PARTS, EACH = 4 / PARTS, AT_ONCE = LANES / PIECES;
-  const int word = lane % PIECES / EACH, j = part * EACH + lane % EACH, here = column + 32 * word + 8 * j;
+// A warp starts to copy 128 columns of 8 * TOKEN_TILES tokens to shared memory; zeros beyond the last column. Pieces of 16
+// bytes change places within a word, so that the lanes of a token read from different banks.
+template <int TOKEN_TILES>
+__device__ __forceinline__ void stage_x(const Call& call, int first_token, int column, u32 to, int lane) {
+  const int piece = lane % 16, word = piece / 4, here = column + 8 * piece;
 #pragma unroll
-  for (int i = 0; i < 8 * TOKEN_TILES / AT_ONCE; i++) {
-    const int row = AT_ONCE * i + lane / PIECES, token = first_token + row;
-    const u32 at = to + row * X_ROW + word * 64 + (j ^ word) * 16;
+  for (int i = 0; i < 4 * TOKEN_TILES; i++) {
+    const int row = 2 * i + lane / 16, token = first_token + row;
+    const u32 at = to + row * X_ROW + word * 64 + (piece % 4 ^ word) * 16;
     if (here >= call.w.columns) store16(at, make_uint4(0, 0, 0, 0));
     else if (token < call.tokens) copy16(at, call.x + (i64)token * call.w.columns + here);
   }
@@ -300,20 +300,18 @@ __device__ __forceinline__ void write(const Words<SLOTS, OVERFLOW>& words, const
   });
 }
 
-// A block makes 16 * ROW_TILES columns of y for 8 * TOKEN_TILES tokens: its warps write a tile of 1,024 columns, some rows
-// each, and multiply it: each 128 columns of it, or of 16 warps two half of each word.
-template <bool BF16, int SLOTS, bool OVERFLOW, int WARPS, int ROW_TILES, int TOKEN_TILES>
-__global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES * WARPS == 8 ? 3 : 1)
-    multiply(const Call call) {
+// A block makes 16 * ROW_TILES columns of y for 8 * TOKEN_TILES tokens: its warps write a tile of 1,024 columns, each 2 *
+// ROW_TILES rows of it, and multiply it, each 128 columns of it.
+template <bool BF16, int SLOTS, bool OVERFLOW, int ROW_TILES, int TOKEN_TILES>
+__global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES == 1 ? 3 : 1) multiply(const Call call) {
   SHARED(memory);
-  constexpr int MINE = 16 * ROW_TILES / WARPS, TILE = 16 * Banks::ROW, PARTS = WARPS / 8;
+  constexpr int MINE = 2 * ROW_TILES, TILE = 16 * Banks::ROW;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
   const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
   const int first = blockIdx.x * 16 * ROW_TILES + warp, first_token = blockIdx.y * 8 * TOKEN_TILES;
-  const int span = warp / PARTS, part = warp % PARTS;
-  const u32 tiles = address(memory), mine = tiles + r * Banks::ROW + 4 * (4 * span + q);
-  const u32 x = tiles + ROW_TILES * TILE + span * 8 * TOKEN_TILES * X_ROW;
+  const u32 tiles = address(memory), mine = tiles + r * Banks::ROW + 4 * (4 * warp + q);
+  const u32 x = tiles + ROW_TILES * TILE + warp * 8 * TOKEN_TILES * X_ROW;
 
   Words<SLOTS, OVERFLOW> rows[MINE];
   auto fetch = [&](int i, int step) {
@@ -326,8 +324,8 @@ __global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES * WARPS
   for (int i = 0; i < MINE; i++) fetch(i, 0);
   float sum[ROW_TILES][TOKEN_TILES][4] = {};
   for (int step = 0; step < steps; step++) {
-    const bool busy = step * STEP + 4 * span < words;
-    if (busy) stage_x<TOKEN_TILES, PARTS>(call, first_token, 32 * (step * STEP + 4 * span), part, x, lane);
+    const bool busy = step * STEP + 4 * warp < words;
+    if (busy) stage_x<TOKEN_TILES>(call, first_token, 32 * (step * STEP + 4 * warp), x, lane);
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
       write<Banks>(rows[i], w, step, tiles + (warp + WARPS * i) * Banks::ROW, lane);
@@ -337,8 +335,7 @@ __global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES * WARPS
     __syncthreads();
     if (busy) {
 #pragma unroll
-      for (int i = 0; i < 4 / PARTS; i++) {
-        const int j = part * (4 / PARTS) + i;
+      for (int j = 0; j < 4; j++) {
         u32 a[ROW_TILES][2][4];  // [tile][row r, r + 8][columns 8 j and 8 j + 1, ...]
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
@@ -358,7 +355,7 @@ __global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES * WARPS
     }
     __syncthreads();
   }
-  finish<BF16, WARPS, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
+  finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
 }
 
 // ---- multiply_pairs
@@ -373,7 +370,7 @@ __device__ __forceinline__ u32 pair_selectors(u32 bits) {
 }
 
 // As `multiply`, but every lane makes what it multiplies itself.
-template <bool BF16, int WARPS, int ROW_TILES, int TOKEN_TILES>
+template <bool BF16, int ROW_TILES, int TOKEN_TILES>
 __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call) {
   SHARED(memory);
   const Matrix& w = call.w;
@@ -404,7 +401,7 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
     }
   };
   fetch(warp);
-  stage_x<TOKEN_TILES, 1>(call, first_token, 128 * warp, 0, staged, lane);
+  stage_x<TOKEN_TILES>(call, first_token, 128 * warp, staged, lane);
   __syncthreads();
   float sum[ROW_TILES][TOKEN_TILES][4] = {};
   for (int span = warp; 4 * span < words; span += WARPS) {
@@ -414,7 +411,7 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
     for (int i = 0; i < 2 * ROW_TILES; i++) now[i / 2][i % 2] = next[i / 2][i % 2];
     fetch(span + WARPS);
     __syncwarp();  // all lanes are done with the half that is written next
-    stage_x<TOKEN_TILES, 1>(call, first_token, 128 * (span + WARPS), 0, staged + (span / WARPS + 1) % 2 * X, lane);
+    stage_x<TOKEN_TILES>(call, first_token, 128 * (span + WARPS), staged + (span / WARPS + 1) % 2 * X, lane);
     wait_copies<1>();
     __syncwarp();
 #pragma unroll
@@ -447,16 +444,15 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
   }
   wait_copies<0>();
   __syncthreads();
-  finish<BF16, WARPS, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
+  finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
 }
 
 // ---- expand
 
 // A warp writes every n-th step.
 template <int SLOTS, bool OVERFLOW>
-__global__ void __launch_bounds__(8 * LANES) expand(const Call call) {
+__global__ void __launch_bounds__(WARPS * LANES) expand(const Call call) {
   SHARED(memory);
-  constexpr int WARPS = 8;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, steps = (w.columns / 32 + STEP - 1) / STEP;
   const u32 tile = address(memory) + warp * Strips::ROW;

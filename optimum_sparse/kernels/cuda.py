@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 logger = logging.getLogger(__name__)
@@ -51,14 +50,6 @@ class Matrix(NamedTuple):
     overflow: Tensor | None
     starts: Tensor | None
     layout: Layout
-
-    def some(self, rows: slice) -> "Matrix":
-        """A few rows of it, as views."""
-        values, mask, starts = self.values[rows], self.mask[rows], self.starts
-        if starts is not None:
-            steps = -(-self.layout.in_features // 1024)
-            starts = starts[rows.start * steps : (rows.start + len(mask)) * steps + 1]
-        return Matrix(values, mask, self.overflow, starts, self.layout._replace(rows=len(mask)))
 
 
 @functools.cache
@@ -117,19 +108,14 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
             return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
     row_tiles = 1 if layout.overflow and tokens <= 16 else 2
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    launch = tensor_cores(layout, tokens, 8, row_tiles, token_tiles)
-    return launch if launch.shared <= most_shared else None
-
-
-def tensor_cores(layout: Layout, tokens: int, warps: int, row_tiles: int, token_tiles: int) -> Launch:
-    """`multiply` or `multiply_pairs` with these template arguments."""
-    bf16, sums = TYPES[layout.dtype], warps * 8 * token_tiles * 16 * row_tiles * 4
+    staged, sums = 64 * token_tiles * X_ROW, 1024 * row_tiles * token_tiles * 4
     if layout.pairs:
-        name, shared = f"multiply_pairs<{bf16}", 64 + 2 * warps * 8 * token_tiles * X_ROW
+        name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
     else:
-        name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * TILE_ROW + 64 * token_tiles * X_ROW
-    grid = -(-layout.rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
-    return Launch(f"{name},{warps},{row_tiles},{token_tiles}>", grid, 32 * warps, max(shared, sums))
+        name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * TILE_ROW + staged
+    grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
+    launch = Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums))
+    return launch if launch.shared <= most_shared else None
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -139,26 +125,10 @@ def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Te
     return y
 
 
-def linear_through_dense(x: Tensor, matrix: Matrix, bias: Tensor | None, slab: int | None = None) -> Tensor:
-    """x [tokens, in] -> [tokens, out] by cuBLAS, from `slab` expanded rows at a time; all by default.
-
-    A slab that the GPU's cache holds would not go to memory and back. Whether that pays is not measured yet.
-    """
-    rows, in_features = matrix.layout.rows, matrix.layout.in_features
-    if slab is None or slab >= rows:
-        return F.linear(x, expand(matrix), bias)
-    y, scratch = x.new_empty(x.shape[0], rows), x.new_empty(slab, in_features)
-    for first in range(0, rows, slab):
-        here = slice(first, first + slab)
-        part = matrix.some(here)
-        torch.mm(x, expand(part, scratch[: part.layout.rows]).T, out=y[:, here])
-    return y if bias is None else y.add_(bias)
-
-
-def expand(matrix: Matrix, out: Tensor | None = None) -> Tensor:
+def expand(matrix: Matrix) -> Tensor:
     """The dense W [out, in]."""
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
-    dense = matrix.values.new_empty(rows, in_features) if out is None else out
+    dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
     blocks = min(-(-rows * -(-in_features // 1024) // 8), 8 * processors)
     _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)

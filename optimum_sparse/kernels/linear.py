@@ -206,8 +206,7 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
         return y.view(*x.shape[:-1], layout.rows)
     launch = cuda.plan(layout, tokens, x.get_device())
     if launch is None:
-        y = cuda.linear_through_dense(x.reshape(-1, layout.in_features), matrix, bias)
-        return y.view(*x.shape[:-1], layout.rows)
+        return F.linear(x, cuda.expand(matrix), bias)
     y = cuda.linear(launch, x.reshape(-1, layout.in_features), matrix, bias)
     return y.view(*x.shape[:-1], layout.rows)
 

@@ -7,10 +7,8 @@ rotated past the cache, results against float64. `*` is what `plan` chooses.
 """
 
 import argparse
-import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -46,17 +44,13 @@ def main() -> None:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             exact = x.double() @ weight.double().T
             base = time(lambda w, x=x: F.linear(x, w), dense)
-            print(f"  {tokens} tokens, dense {base:.1f}")
             chosen, found = cuda.plan(first.layout, tokens, 0), {}
             for launch in {*candidates(first.layout, tokens), chosen} - {None}:
                 y = cuda.linear(launch, x, first, None)
                 assert ((y.double() - exact).norm() / exact.norm()).item() < 4e-3, launch
                 found[launch] = time(lambda m, x=x, launch=launch: cuda.linear(launch, x, m, None), packed)
-            for slab in (512, 1024, 2048, 4096, rows) if tokens > 32 else ():
-                call = partial(cuda.linear_through_dense, x, bias=None, slab=slab)
-                us = time(call, packed)
-                print(f"     {us:6.1f} ({base / us:.2f})  cuBLAS, {slab} rows expanded at a time", flush=True)
             best = sorted(found, key=found.__getitem__)[: args.show]
+            print(f"  {tokens} tokens, dense {base:.1f}")
             for launch in dict.fromkeys([*best, *([chosen] if chosen else [])]):
                 mark = "*" if launch == chosen else " "
                 us = found[launch]
@@ -92,8 +86,15 @@ def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
         for warps, blocks in ((4, 8), (8, 2), (8, 4), (8, 6), (16, 1), (16, 2), (16, 3)):
             grid = min(-(-rows // warps), blocks * processors), 1
             launches.append(cuda.Launch(f"gather<{bf16},{staged},{layout.template}>", grid, 32 * warps, shared))
-    for warps, row_tiles, token_tiles in itertools.product((8, 16), (1, 2), (1, 2, 4)):
-        launches.append(cuda.tensor_cores(layout, tokens, warps, row_tiles, token_tiles))
+    for row_tiles in (1, 2):
+        for token_tiles in (1, 2, 4):
+            grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
+            staged, sums = 64 * token_tiles * cuda.X_ROW, 4096 * row_tiles * token_tiles
+            if layout.pairs:
+                name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
+            else:
+                name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * cuda.TILE_ROW + staged
+            launches.append(cuda.Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums)))
     return (launch for launch in launches if launch.shared <= most_shared)
 
 

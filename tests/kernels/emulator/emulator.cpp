@@ -6,18 +6,15 @@
 
 #define ENTRY(...) \
   if (name == #__VA_ARGS__) return launch(x, y, threads, shared, [&] { __VA_ARGS__(call); }), true;
-#define PER_SLOTS(BF16, SLOTS, OVERFLOW, ROW_TILES)                                                \
-  ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                        \
-  ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,8,ROW_TILES,1>)          \
-  ENTRY(multiply<BF16,SLOTS,OVERFLOW,8,ROW_TILES,2>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,8,2,4>)    \
-  ENTRY(multiply<BF16,SLOTS,OVERFLOW,16,ROW_TILES,1>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,16,2,2>)  \
+#define PER_SLOTS(BF16, SLOTS, OVERFLOW, ROW_TILES)                                           \
+  ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                   \
+  ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,1>)       \
+  ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,2>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,2,4>)   \
   ENTRY(expand<SLOTS,OVERFLOW>)
-#define PER_TYPE(BF16)                                                                             \
-  PER_SLOTS(BF16, 16, false, 2) PER_SLOTS(BF16, 24, false, 2)                                      \
-  PER_SLOTS(BF16, 16, true, 1) PER_SLOTS(BF16, 12, true, 1) PER_SLOTS(BF16, 4, true, 1)            \
-  ENTRY(multiply_pairs<BF16,8,2,1>) ENTRY(multiply_pairs<BF16,8,2,2>)                              \
-  ENTRY(multiply_pairs<BF16,8,2,4>) ENTRY(multiply_pairs<BF16,16,2,1>)                             \
-  ENTRY(multiply_pairs<BF16,16,2,2>)
+#define PER_TYPE(BF16)                                                                        \
+  PER_SLOTS(BF16, 16, false, 2) PER_SLOTS(BF16, 24, false, 2)                                 \
+  PER_SLOTS(BF16, 16, true, 1) PER_SLOTS(BF16, 12, true, 1) PER_SLOTS(BF16, 4, true, 1)       \
+  ENTRY(multiply_pairs<BF16,2,1>) ENTRY(multiply_pairs<BF16,2,2>) ENTRY(multiply_pairs<BF16,2,4>)
 
 // False if there is no kernel of this name.
 extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, const Call& call) {
