@@ -57,8 +57,9 @@ struct Words {
     }
   }
 
-  __device__ __forceinline__ void fetch(const Matrix& w, int row, int step, int lane) {
-    const int words = w.columns / 32, at = step * STEP + lane;
+  // Word `at` of a row; nothing beyond the ends.
+  __device__ __forceinline__ void load(const Matrix& w, int row, int at) {
+    const int words = w.columns / 32;
     bits = 0;
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) values[i] = 0;
@@ -79,6 +80,11 @@ struct Words {
         }
       }
     }
+  }
+
+  // This lane's word of a step, and what falls to it of the step's overflow.
+  __device__ __forceinline__ void fetch(const Matrix& w, int row, int step, int lane) {
+    load(w, row, step * STEP + lane);
     if constexpr (OVERFLOW) {
       begin = ahead[0], count = ahead[1] - begin;
 #pragma unroll
@@ -257,9 +263,20 @@ __device__ __forceinline__ void stage_x(const Call& call, int first_token, int c
   commit_copies();
 }
 
-// Columns 8 j to 8 j + 7 of word q, token r of tile k.
-__device__ __forceinline__ uint4 staged_x(u32 x, int k, int j, int r, int q) {
-  return load16(x + (8 * k + r) * X_ROW + q * 64 + (j ^ q) * 16);
+// Adds columns 8 j to 8 j + 7 of the lane's words to the sums of all tokens. a: [tile][row r, r + 8][columns 8 j and
+// 8 j + 1, ...].
+template <bool BF16, int ROW_TILES, int TOKEN_TILES>
+__device__ __forceinline__ void add_columns(float (&sum)[ROW_TILES][TOKEN_TILES][4], const u32 (&a)[ROW_TILES][2][4],
+                                            u32 x, int j, int r, int q) {
+#pragma unroll
+  for (int k = 0; k < TOKEN_TILES; k++) {
+    const uint4 b = load16(x + (8 * k + r) * X_ROW + q * 64 + (j ^ q) * 16);
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; i++) {
+      mma<BF16>(sum[i][k], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b.x, b.y);
+      mma<BF16>(sum[i][k], a[i][0][2], a[i][1][2], a[i][0][3], a[i][1][3], b.z, b.w);
+    }
+  }
 }
 
 // ---- multiply
@@ -336,21 +353,13 @@ __global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES == 1 ? 
     if (busy) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        u32 a[ROW_TILES][2][4];  // [tile][row r, r + 8][columns 8 j and 8 j + 1, ...]
+        u32 a[ROW_TILES][2][4];
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
           for (int n = 0; n < 8; n++)
             a[i][n / 4][n % 4] = load4(mine + i * TILE + n / 4 * 8 * Banks::ROW + (4 * j + n % 4) * 128);
-#pragma unroll
-        for (int k = 0; k < TOKEN_TILES; k++) {
-          const uint4 b = staged_x(x, k, j, r, q);
-#pragma unroll
-          for (int i = 0; i < ROW_TILES; i++) {
-            mma<BF16>(sum[i][k], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b.x, b.y);
-            mma<BF16>(sum[i][k], a[i][0][2], a[i][1][2], a[i][0][3], a[i][1][3], b.z, b.w);
-          }
-        }
+        add_columns<BF16>(sum, a, x, j, r, q);
       }
     }
     __syncthreads();
@@ -381,24 +390,12 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
   const u32 staged = address(memory) + 64 + warp * 2 * X;
   if (threadIdx.x < 16) selectors[threadIdx.x] = pair_selectors(threadIdx.x);
 
-  struct Piece {
-    u32 bits;
-    uint4 first, second;
-  };
-  Piece next[ROW_TILES][2];  // [tile][row r, r + 8]
+  typedef Words<16, false> Word;
+  Word next[ROW_TILES][2];  // [tile][row r, r + 8]
   auto fetch = [&](int span) {
 #pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; i++) {
-      const int row = blockIdx.x * 16 * ROW_TILES + 8 * i + r, at = 4 * span + q;
-      Piece& piece = next[i / 2][i % 2];
-      piece = {};
-      if (row < w.rows && at < words) {
-        const i64 index = (i64)row * words + at;
-        piece.bits = load_once(w.mask + index);
-        piece.first = load_once((const uint4*)w.values + 2 * index);
-        piece.second = load_once((const uint4*)w.values + 2 * index + 1);
-      }
-    }
+    for (int i = 0; i < 2 * ROW_TILES; i++)
+      next[i / 2][i % 2].load(w, blockIdx.x * 16 * ROW_TILES + 8 * i + r, 4 * span + q);
   };
   fetch(warp);
   stage_x<TOKEN_TILES>(call, first_token, 128 * warp, staged, lane);
@@ -406,7 +403,7 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
   float sum[ROW_TILES][TOKEN_TILES][4] = {};
   for (int span = warp; 4 * span < words; span += WARPS) {
     const u32 x = staged + span / WARPS % 2 * X;
-    Piece now[ROW_TILES][2];
+    Word now[ROW_TILES][2];
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; i++) now[i / 2][i % 2] = next[i / 2][i % 2];
     fetch(span + WARPS);
@@ -416,30 +413,20 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < 4; j++) {  // 8 columns: two groups
-      u32 a[ROW_TILES][2][4];      // [tile][row r, r + 8][columns 8 j and 8 j + 1, ...]
+      u32 a[ROW_TILES][2][4];
 #pragma unroll
       for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const Piece& piece = now[i][half];
-          const u32 values[8] = {piece.first.x,  piece.first.y,  piece.first.z,  piece.first.w,
-                                 piece.second.x, piece.second.y, piece.second.z, piece.second.w};
+          const Word& word = now[i][half];
 #pragma unroll
           for (int group = 0; group < 2; group++) {
-            const u32 value = values[2 * j + group], how = selectors[piece.bits >> (8 * j + 4 * group) & 15];
+            const u32 value = word.values[2 * j + group], how = selectors[word.bits >> (8 * j + 4 * group) & 15];
             a[i][half][2 * group] = permute(value, 0, how);
             a[i][half][2 * group + 1] = permute(value, 0, how >> 16);
           }
         }
-#pragma unroll
-      for (int k = 0; k < TOKEN_TILES; k++) {
-        const uint4 b = staged_x(x, k, j, r, q);
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) {
-          mma<BF16>(sum[i][k], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b.x, b.y);
-          mma<BF16>(sum[i][k], a[i][0][2], a[i][1][2], a[i][0][3], a[i][1][3], b.z, b.w);
-        }
-      }
+      add_columns<BF16>(sum, a, x, j, r, q);
     }
   }
   wait_copies<0>();

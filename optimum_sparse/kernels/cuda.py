@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formats import slots
+
 
 logger = logging.getLogger(__name__)
 
@@ -82,24 +84,14 @@ def refuses(device: torch.device, dtype: torch.dtype, in_features: int) -> str |
     return unavailable(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def kernel(tokens: int, pairs: bool, overflow: bool) -> str | None:
-    """The kernel that is fastest, by measurement; None beyond all."""
-    if tokens > MOST_TOKENS:
-        return None
-    if tokens <= 2 or (overflow and tokens <= 4):
-        return "gather"
-    return "multiply_pairs" if pairs else "multiply"
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
     rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
-    name = kernel(tokens, layout.pairs, layout.overflow)
-    if name is None or not tokens:
+    if not 0 < tokens <= MOST_TOKENS:
         return None
-    if name == "gather":
+    if tokens <= 2 or (layout.overflow and tokens <= 4):  # as measured: tests/benchmarks/kernels.py
         staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
         warps = min(16, -(-rows // (2 * processors)))
         shared = 33 * 4 * words * (2 if staged == 4 else 1)
@@ -130,7 +122,7 @@ def expand(matrix: Matrix) -> Tensor:
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
-    blocks = min(-(-rows * -(-in_features // 1024) // 8), 8 * processors)
+    blocks = min(-(-rows * -(-in_features // slots.STEP) // 8), 8 * processors)
     _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
     return dense
 

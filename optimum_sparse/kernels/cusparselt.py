@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
 SIZES, LEAST = 64, 128  # outputs and inputs must be multiples of the one, tokens are made so: see `usable`
-OLDEST = 600
+OLDEST = 800  # the one whose header the numbers below are from
 OPAQUE = 2**14  # bytes: all of the library's structures have less, in all of its versions so far
 COLUMN, ROW, TRANSPOSE, FP32_SUMS, CONFIG_ID, CONFIG_MAX_ID = 1, 2, 1, 2, 0, 1  # of the library's enumerations
 

@@ -2,11 +2,9 @@
 // kernels on a CPU. NVRTC compiles it and sees no headers: hence the typedefs.
 #pragma once
 
-typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
-typedef unsigned long long u64;
 
 constexpr int LANES = 32;
 constexpr u32 ALL = 0xffffffff;

@@ -54,6 +54,10 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tu
         return Choice(launch.kernel.split("<")[0], "reads the compressed weight alone")
     if device.type != "cpu":
         return Choice("reference", f"there is no kernel for {device.type} yet")
+    return _select_cpu(dtype, tokens)
+
+
+def _select_cpu(dtype: torch.dtype, tokens: int) -> Choice:
     if dtype not in cpu.TYPES:
         return Choice("reference", f"the CPU kernel does not take {dtype}")
     if cpu.library() is None:
@@ -175,10 +179,10 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     weight, weight_mask, weight_rows, in_features = matrix[:4]
     if not weight_mask.numel() or matrix.overflow is not None:
         return reference(x, *args)
-    tokens = x.numel() // in_features
-    if weight.dtype not in cpu.TYPES or cpu.library() is None:
+    backend = _select_cpu(weight.dtype, x.numel() // in_features).backend
+    if backend == "reference":
         return reference(x, *args)
-    if tokens <= CPU_TOKENS:
+    if backend == "cpu":
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
     slab = max(1, SLAB // in_features)
@@ -222,21 +226,18 @@ def _split(args: tuple) -> tuple[_Matrix, Tensor | None]:
     return _Matrix(*args[:4], *args[5:]), args[4]
 
 
-_NAMES = ("weight_mask", "weight_rows", "overflow", "starts", "semi_structured", "bias", "x")
-_OF_WEIGHTS_DTYPE = 4  # from here on
-
-
 def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
     weight, weight_mask, weight_rows, in_features, _, overflow, starts, packed = matrix
     device, dtype = weight.device, weight.dtype
-    for index, tensor in enumerate((weight_mask, weight_rows, overflow, starts, packed, bias, x)):
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise ValueError(f"{_NAMES[index]} is on {tensor.device}, the compressed weight on {device}: move one.")
-        if index >= _OF_WEIGHTS_DTYPE and tensor.dtype != dtype:
-            raise ValueError(f"{_NAMES[index]} is {tensor.dtype}, the compressed weight {dtype}: convert one.")
+    numbers = ("semi_structured", packed), ("bias", bias), ("x", x)
+    places = ("weight_mask", weight_mask), ("weight_rows", weight_rows), ("overflow", overflow), ("starts", starts)
+    for name, tensor in (*places, *numbers):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {device}: move one.")
+    for name, tensor in numbers:
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, the compressed weight {dtype}: convert one.")
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {list(x.shape)}: its last dimension must be {in_features}, the layer's inputs.")
     rows = weight_mask.shape[0]
@@ -249,14 +250,14 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     if (overflow is None) != (starts is None):
         raise ValueError("overflow and starts belong together: give both or none.")
     if overflow is not None and starts is not None:
-        places = (rows * -(-in_features // slots.STEP) + 1,)
+        shape = (rows * -(-in_features // slots.STEP) + 1,)
         if weight.dim() != 2 or in_features % 32 or weight.shape[1] % (in_features // 8):
             raise ValueError(
                 f"weight is {_describe(weight)}: must be [{rows}, 4 n for each 32 of {in_features} inputs]."
             )
-        if overflow.dtype != torch.int32 or starts.dtype != torch.int32 or starts.shape != places:
+        if overflow.dtype != torch.int32 or starts.dtype != torch.int32 or starts.shape != shape:
             raise ValueError(
-                f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(places)}."
+                f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(shape)}."
             )
     size = rows * in_features * 9 // 16  # and what the library's metadata is padded with
     if packed is not None and packed.numel() < size:
@@ -276,17 +277,16 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
             "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
             "(weight.requires_grad_(False)) and train adapters."
         )
-    ctx.save_for_backward(*[part for part in matrix if isinstance(part, Tensor)])
-    ctx.others = [None if isinstance(part, Tensor) else (part,) for part in matrix]
+    weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout = matrix
+    ctx.save_for_backward(weight, weight_mask, weight_rows, *layout)
     ctx.inputs = len(inputs)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    matrix = [next(saved) if other is None else other[0] for other in ctx.others]
+    weight, weight_mask, weight_rows, *layout = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * ctx.inputs
     if ctx.needs_input_grad[0]:
-        gradients[0] = gradient @ expand(*matrix)
+        gradients[0] = gradient @ expand(weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout)
     if ctx.needs_input_grad[5]:
         gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return tuple(gradients)

@@ -28,7 +28,6 @@ class SparseLinear(nn.Module):
     overflow: Tensor | None  # packed only: formats.slots
     starts: Tensor | None
     semi_structured: Tensor | None  # packed only: kernels.cusparselt; the values are a view into it
-    _loaded: bool = False  # by the latest load_state_dict
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -56,7 +55,6 @@ class SparseLinear(nn.Module):
         for name in ("overflow", "starts", "semi_structured"):  # after all others: torch.export counts on it
             self.register_buffer(name, None, persistent=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_load_state_dict_post_hook(_validate_loaded)
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> "SparseLinear":
@@ -156,18 +154,17 @@ class SparseLinear(nn.Module):
             destination[f"{prefix}weight"] = self._values().clone()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        mine = f"{prefix}weight" in state_dict and f"{prefix}weight_mask" in state_dict
-        if mine:
-            self.unpack()
-            self.checked = False
+        if f"{prefix}weight" not in state_dict or f"{prefix}weight_mask" not in state_dict:  # adapters alone, say
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        self.unpack()
+        self.checked = False
+        errors = args[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._loaded = mine
+        if len(errors) == before and not self.weight.is_meta:
+            self.validate()
+            self.pack()
+        return None
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, pattern='{self.pattern}'"
-
-
-def _validate_loaded(linear: SparseLinear, incompatible: Any) -> None:
-    if linear._loaded and not linear.weight.is_meta:
-        linear.validate()
-        linear.pack()

@@ -15,7 +15,6 @@
 #include <memory>
 #include <vector>
 
-typedef uint8_t u8;
 typedef uint16_t u16;
 typedef uint32_t u32;
 typedef long long i64;
