@@ -91,7 +91,7 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
     if not 0 < tokens <= MOST_TOKENS:
         return None
-    if tokens <= 2 or (layout.overflow and tokens <= 4):  # as measured: tests/benchmarks/kernels.py
+    if tokens <= 2 or (layout.overflow and tokens <= 4):  # as measured: tests/benchmarks/launches.py
         staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
         warps = min(16, -(-rows // (2 * processors)))
         shared = 33 * 4 * words * (2 if staged == 4 else 1)

@@ -1,6 +1,6 @@
 """Every launch of the CUDA kernels that fits a shape and a number of tokens, timed: what `plan` chooses from.
 
-    python tests/benchmarks/kernels.py --pattern 16:32 --shapes 4096x4096 11008x4096 --tokens 1 4 8 16
+    python tests/benchmarks/launches.py --pattern 16:32 --shapes 4096x4096 11008x4096 --tokens 1 4 8 16
 
 Run by hand on a GPU, to choose for another one, or after a change of cuda.cu. Device time in CUDA graphs, weights
 rotated past the cache, results against float64. `*` is what `plan` chooses.
