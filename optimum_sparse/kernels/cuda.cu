@@ -434,6 +434,205 @@ __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call)
   finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
 }
 
+// ---- stream: Hopper
+
+// Warpgroups of 64 rows multiply what other warps expand meanwhile. wgmma takes both operands from shared memory, in
+// blocks of 8 rows (of W; or tokens) and 8 columns: a lane that owns the same four bytes of each block owns a bank, and so
+// no walk gets into another's way. Word p of 128 columns has its columns 2 t and 2 t + 1 in block t, at 2 p and 2 p + 1;
+// `arrange` brings x into the same order, tile by tile.
+
+constexpr int SPAN = 128;           // columns of a step
+constexpr int BLOCK = 128;          // bytes
+constexpr int BLOCKS = 16 * BLOCK;  // of 8 rows of a span
+
+// x [tokens, columns] -> [tile of TOKENS][span][8 tokens][block], zeros beyond both ends. A warp takes 8 tokens of a span.
+template <int TOKENS>
+__global__ void arrange(const Call call) {
+  const int lane = threadIdx.x % LANES, spans = (call.w.columns + SPAN - 1) / SPAN;
+  const int group = blockIdx.y, span = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
+  const int token = 8 * group + lane / 4, column = SPAN * span + lane % 4 * 32;
+  if (span >= spans) return;
+  uint4 x[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    x[i] = token < call.tokens && column < call.w.columns
+               ? __ldg((const uint4*)(call.x + (i64)token * call.w.columns + column) + i)
+               : make_uint4(0, 0, 0, 0);
+  constexpr int GROUPS = TOKENS / 8;
+  u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (BLOCKS / 4) + lane;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    to[(4 * i + 0) * BLOCK / 4] = x[i].x;
+    to[(4 * i + 1) * BLOCK / 4] = x[i].y;
+    to[(4 * i + 2) * BLOCK / 4] = x[i].z;
+    to[(4 * i + 3) * BLOCK / 4] = x[i].w;
+  }
+}
+
+// What a row's words have too many, in column order: the four lanes of a row take turns.
+template <bool OVERFLOW>
+struct Extra {
+  static constexpr int AHEAD = 3;  // of each lane
+  const u32* entries;
+  int at, end;
+  u32 next[AHEAD];
+
+  __device__ __forceinline__ void seek(const Matrix& w, int row, int column, int part) {
+    if constexpr (OVERFLOW) {
+      const int steps = (w.columns / 32 + STEP - 1) / STEP, step = column / (32 * STEP);
+      entries = w.overflow, at = end = 0;
+      int skip = 0;
+      if (row < w.rows && step < steps) {
+        const int* starts = w.starts + (i64)row * steps;
+        at = __ldg(starts + step), end = __ldg(starts + steps);
+        const int behind = __ldg(starts + step + 1);
+#pragma unroll 8
+        for (int i = at + part; i < behind; i += 4) skip += (int)(__ldg(entries + i) >> 16) < column;
+      }
+      at += add_up<4>(skip);
+      fetch(part);
+    }
+  }
+  __device__ __forceinline__ void fetch(int part) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+      next[i] = at + 4 * i + part < end ? __ldg(entries + at + 4 * i + part) : 0xffff0000;
+  }
+  template <class F>  // f(entry) for the entries before column `stop`
+  __device__ __forceinline__ void take(int stop, int part, F f) {
+    if constexpr (OVERFLOW) {
+      int taken, all = 0;
+      do {
+        taken = 0;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+          if (at + 4 * i + part < end && (int)(next[i] >> 16) < stop) f(next[i]), taken++;
+        all = add_up<4>(taken);
+        at += all;
+        fetch(part);
+      } while (for_any(all == 4 * AHEAD));
+    }
+  }
+};
+
+// A block makes 64 * GROUPS columns of y for TOKENS tokens from the spans that fall to it; the blocks of a row of the grid,
+// a cluster, share out the spans and add up.
+template <bool BF16, int SLOTS, bool OVERFLOW, int GROUPS, int TOKENS, int SPLIT>
+__global__ void CLUSTER(SPLIT) __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
+  SHARED(memory);
+  constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
+  constexpr int STAGES = TOKENS > 128 ? 2 : 3, ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
+  constexpr int AHEAD = WORDS == 1 ? 2 : 1;  // steps that a lane has asked for
+  const Matrix& w = call.w;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, rank = blockIdx.x;
+  const int spans = (w.columns + SPAN - 1) / SPAN;
+  const int first = spans * rank / SPLIT, count = spans * (rank + 1) / SPLIT - first;
+  const u32 tiles = (address(memory) + BLOCKS - 1) / BLOCKS * BLOCKS;  // so that `|` can add what is inside of blocks
+  const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES;
+  if (threadIdx.x < STAGES) {
+    start_barrier(full + 8 * threadIdx.x, EXPANDERS + 1);  // and x
+    start_barrier(empty + 8 * threadIdx.x, GROUPS);
+  }
+  publish_barriers();
+  __syncthreads();
+
+  if (warp >= 4 * GROUPS) {
+    const int mine = warp - 4 * GROUPS, part = lane % 4;
+    typedef Words<SLOTS, false> Word;
+    Word next[AHEAD][WORDS];
+    Extra<OVERFLOW> extra[WORDS];
+    auto row = [&](int i) { return blockIdx.z * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4; };
+    auto load = [&](Word& word, int i, int step) {
+      word.load(w, row(i), step < count ? 4 * (first + step) + part : w.columns / 32);
+    };
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+#pragma unroll
+      for (int j = 0; j < AHEAD; j++) load(next[j][i], i, j);
+      extra[i].seek(w, row(i), SPAN * first, part);
+    }
+    const char* x = (const char*)call.x + ((i64)blockIdx.y * spans + first) * X;
+    for (int step = 0, stage = 0, turn = 1; step < count; step++) {
+      const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
+      wait_barrier(empty + 8 * stage, turn);
+      if (mine == 0 && lane == 0) copy_many(tile + TILE, x + (i64)step * X, X, ready);
+      Word now[WORDS];
+      u32 to[WORDS];
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+        now[i] = next[0][i];
+        if constexpr (AHEAD == 2) next[0][i] = next[1][i];
+        load(next[AHEAD - 1][i], i, step + AHEAD);
+        to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
+#pragma unroll
+        for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
+        to[i] += 4 * lane;
+      }
+      __syncwarp();
+#pragma unroll
+      for (int n = SLOTS - 1; n >= 0; n--)
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+          const int column = highest_bit(now[i].bits);
+          now[i].bits ^= bit(column);
+          if (!OVERFLOW || column >= 0)  // else only a damaged mask has no bit here: it gets a wrong number
+            store2(to[i] | column * 66 & 0x782, n % 2 ? now[i].values[n / 2] >> 16 : now[i].values[n / 2]);
+        }
+      if constexpr (OVERFLOW) {
+        __syncwarp();
+        const int begin = SPAN * (first + step);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+          extra[i].take(begin + SPAN, part, [&](u32 entry) {
+            const u32 column = (entry >> 16) - begin;
+            if (column < SPAN)
+              store2(to[i] - 4 * part + column / 32 * 4 + column % 32 / 2 * BLOCK + column % 2 * 2, entry);
+          });
+      }
+      publish_stores();
+      __syncwarp();
+      if (lane == 0) arrive(ready);
+      if (++stage == STAGES) stage = 0, turn ^= 1;
+    }
+  } else {
+    float sum[TOKENS / 2] = {};
+    const int group = warp / 4;
+    for (int step = 0, stage = 0, turn = 0; step < count; step++) {
+      const u32 tile = tiles + stage * (TILE + X);
+      wait_barrier(full + 8 * stage, turn);
+      begin_products();
+#pragma unroll
+      for (int j = 0; j < SPAN / 16; j++)
+        multiply_tile<BF16, TOKENS>(sum, tile + group * 8 * BLOCKS + 2 * BLOCK * j, tile + TILE + 2 * BLOCK * j, BLOCK,
+                                    BLOCKS);
+      commit_products();
+      wait_products(sum);
+      if (threadIdx.x % 128 == 0) arrive(empty + 8 * stage);
+      if (++stage == STAGES) stage = 0, turn ^= 1;
+    }
+
+    // The sums of all blocks of the cluster, each in shared memory as [token][row]; every block adds some tokens up.
+    constexpr int PITCH = ROWS + 4;
+    wait_for_threads(128 * GROUPS);
+    const int r = warp * 16 + lane / 4, q = lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++)
+      store4(tiles + 4 * ((i / 4 * 8 + q + i % 2) * PITCH + r + i % 4 / 2 * 8), __float_as_uint(sum[i]));
+    if constexpr (SPLIT > 1) wait_for_cluster();
+    else wait_for_threads(128 * GROUPS);
+    const int at = threadIdx.x % ROWS, here = blockIdx.z * ROWS + at;
+    const int tokens = min(TOKENS, call.tokens - (int)blockIdx.y * TOKENS);
+    const float bias = call.bias && here < w.rows ? to_float<BF16>(call.bias[here]) : 0.0f;
+    for (int token = threadIdx.x / ROWS * SPLIT + rank; token < tokens; token += 2 * SPLIT) {
+      float total = bias;
+#pragma unroll
+      for (int peer = 0; peer < SPLIT; peer++) total += load_of<SPLIT>(peer, tiles + 4 * (token * PITCH + at));
+      if (here < w.rows) call.y[((i64)blockIdx.y * TOKENS + token) * w.rows + here] = rounded<BF16>(total);
+    }
+    if constexpr (SPLIT > 1) wait_for_cluster();  // shared memory goes with its block
+  }
+}
+
 // ---- expand
 
 // A warp writes every n-th step.

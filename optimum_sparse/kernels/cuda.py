@@ -16,17 +16,20 @@ logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: "true", torch.float16: "false"}
 CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
+HOPPER = (9, 0)
 MOST_TOKENS = 64
 TILE_ROW, STRIP_ROW, X_ROW = 2048 + 16, 72 * 32, 256 + 64  # bytes, as in cuda.cu
+SPAN = 128  # columns, as in cuda.cu
 
 
 class Launch(NamedTuple):
     """A kernel by its name in cuda.cu, and the blocks that run it; `shared` is in bytes."""
 
     kernel: str
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     threads: int
     shared: int
+    tile: int = 0  # how many tokens `arrange` puts together before it; 0: takes x as it is
 
 
 class Layout(NamedTuple):
@@ -110,10 +113,25 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     return launch if launch.shared <= most_shared else None
 
 
+def stream(layout: Layout, tokens: int, groups: int, tile: int, split: int) -> Launch:
+    """`stream` with these template arguments: 64 * groups rows, `tile` tokens and a part of the columns per block."""
+    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{groups},{tile},{split}>"
+    stages, rows = 2 if tile > 128 else 3, 64 * groups
+    shared = 2048 + max(stages * (256 * (rows + tile) + 16), 4 * tile * (rows + 4))
+    return Launch(kernel, (split, -(-tokens // tile), -(-layout.rows // rows)), 384, shared, tile)
+
+
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out] by what `plan` says."""
-    y = x.new_empty(x.shape[0], matrix.layout.rows)
-    _launch(launch, matrix, x, bias, y)
+    tokens, in_features = x.shape
+    y = x.new_empty(tokens, matrix.layout.rows)
+    if launch.tile:
+        spans = -(-in_features // SPAN)
+        arranged = x.new_empty(-(-tokens // launch.tile) * launch.tile, spans * SPAN)
+        grid = -(-spans // 4), len(arranged) // 8
+        _launch(Launch(f"arrange<{launch.tile}>", grid, 128, 0), matrix, x, tokens, None, arranged)
+        x = arranged
+    _launch(launch, matrix, x, tokens, bias, y)
     return y
 
 
@@ -123,7 +141,7 @@ def expand(matrix: Matrix) -> Tensor:
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
     blocks = min(-(-rows * -(-in_features // slots.STEP) // 8), 8 * processors)
-    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
+    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, 0, None, dense)
     return dense
 
 
@@ -144,7 +162,9 @@ class _Call(ctypes.Structure):
     )
 
 
-def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+def _launch(
+    launch: Launch, matrix: Matrix, x: Tensor | None, tokens: int, bias: Tensor | None, y: Tensor
+) -> None:
     values, mask, overflow, starts, layout = matrix
     call = _Call()
     call.rows, call.columns, call.y = layout.rows, layout.in_features, y.data_ptr()
@@ -155,7 +175,7 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         call.overflow, call.starts = overflow.data_ptr(), starts.data_ptr()
     if x is not None:
         x = aligned(x)
-        call.x, call.tokens = x.data_ptr(), x.shape[0]
+        call.x, call.tokens = x.data_ptr(), tokens
     if bias is not None:
         bias = aligned(bias)
         call.bias = bias.data_ptr()
@@ -177,7 +197,7 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     threads, shared, where = launch.threads, launch.shared, ctypes.addressof(arguments)
-    blocks_and_threads = *launch.grid, 1, threads, 1, 1
+    blocks_and_threads = *launch.grid, *(1,) * (3 - len(launch.grid)), threads, 1, 1
     result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
         _make_current(device)
@@ -237,7 +257,8 @@ def _compile(kernel: str, major: int, minor: int) -> tuple[bytes, bytes]:
     program = _check(nvrtc.nvrtcCreateProgram(source, b"cuda.cu", 1, [header], [b"device.cuh"]))
     try:
         _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
-        options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--std=c++17"]
+        hopper = "a" if (major, minor) == HOPPER else ""  # with instructions that are Hopper's alone
+        options = [f"--gpu-architecture=sm_{major}{minor}{hopper}".encode(), b"--std=c++17"]
         try:
             _check(nvrtc.nvrtcCompileProgram(program, len(options), options))
         except RuntimeError as error:

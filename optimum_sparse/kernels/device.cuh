@@ -5,6 +5,7 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr int LANES = 32;
 constexpr u32 ALL = 0xffffffff;
@@ -24,6 +25,18 @@ __device__ __forceinline__ int leading_zeros(u32 word) {
 __device__ __forceinline__ u32 bit_after(int zeros) {
   u32 bit;
   asm("shr.u32 %0, %1, %2;" : "=r"(bit) : "r"(0x80000000), "r"(zeros));
+  return bit;
+}
+
+// The number of the highest bit, and -1 if there is no bit; the bit of a number, none for -1.
+__device__ __forceinline__ int highest_bit(u32 word) {
+  int number;
+  asm("bfind.u32 %0, %1;" : "=r"(number) : "r"(word));
+  return number;
+}
+__device__ __forceinline__ u32 bit(int number) {
+  u32 bit;
+  asm("shl.b32 %0, %1, %2;" : "=r"(bit) : "r"(1), "r"(number));
   return bit;
 }
 
@@ -85,6 +98,9 @@ __device__ __forceinline__ void store8(u32 at, u32 x, u32 y) {
 __device__ __forceinline__ void store16(u32 at, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+__device__ __forceinline__ void store4(u32 at, u32 x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
 __device__ __forceinline__ u32 load4(u32 at) {
   u32 x;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
@@ -115,11 +131,14 @@ __device__ __forceinline__ void wait_copies() {
 
 // ---- warps
 
-__device__ __forceinline__ float add_up(float x) {
+template <int OVER = LANES, class T>  // neighbours
+__device__ __forceinline__ T add_up(T x) {
 #pragma unroll
-  for (int distance = LANES / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
+  for (int distance = OVER / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
   return x;
 }
+__device__ __forceinline__ bool for_any(bool x) { return __any_sync(ALL, x); }
+
 // c [16, 8] += a [16, 16] b [16, 8] on tensor cores: PTX ISA, mma.m16n8k16.
 template <bool BF16>
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -129,4 +148,103 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
   else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// ---- Hopper: barriers in shared memory, copies that arrive at them, clusters, warpgroups
+
+#define CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+
+// A barrier turns when `arrivals` have come, and the bytes that were announced.
+__device__ __forceinline__ void start_barrier(u32 at, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void publish_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void arrive(u32 at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+// Until turn `turn % 2` is over: 0 for the first; 1 does not wait before that.
+__device__ __forceinline__ void wait_barrier(u32 at, int turn) {
+  int over;
+  do asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+      : "=r"(over) : "r"(at), "r"(turn) : "memory");
+  while (!over);
+}
+// Announces `bytes` to a barrier, arrives, and starts a copy that brings them.
+__device__ __forceinline__ void copy_many(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// Ordinary stores to shared memory, before tensor cores read them.
+__device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_threads(int threads) {  // the first so many of a block
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {  // all of its threads that have not ended
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <int SPLIT>  // from the shared memory of a block of the cluster
+__device__ __forceinline__ float load_of(int peer, u32 at) {
+  float x;
+  if (SPLIT == 1) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+  else
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
+                 : "=f"(x) : "r"(at), "r"(peer) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>  // the compiler reads `c` no earlier
+__device__ __forceinline__ void wait_products(float (&c)[N]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+#define D4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
+#define D32(i) D16(i), D16(i + 16)
+#define D64(i) D32(i), D32(i + 32)
+#define D128(i) D64(i), D64(i + 64)
+#define WGMMA(N, TYPE, NUMBERS, D, A, B)                                                                    \
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0;\n"                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NUMBERS "}, %" A ", %" B \
+               ", p, 1, 1, 0, 0; }" : D : "l"(a), "l"(b))
+#define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19," \
+  "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define R64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19," \
+  "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39," \
+  "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
+  "%60,%61,%62,%63"
+#define R128 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19," \
+  "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39," \
+  "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
+  "%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
+  "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119," \
+  "%120,%121,%122,%123,%124,%125,%126,%127"
+
+// c [64, TOKENS] += a [64, 16] b [16, TOKENS], a warpgroup together: PTX ISA, wgmma.mma_async. a [row][column] and b
+// [token][column] lie in shared memory in blocks of 8 by 8, 128 bytes each: `across` bytes to the next 8 columns, `down` to
+// the next 8 rows. A lane's c: as of `mma`, for each 8 tokens; warps have 16 rows each.
+template <bool BF16, int TOKENS>
+__device__ __forceinline__ void multiply_tile(float (&c)[TOKENS / 2], u32 at_a, u32 at_b, int across, int down) {
+  const u64 strides = (u64)(across / 16) << 16 | (u64)(down / 16) << 32;
+  const u64 a = strides | (at_a & 0x3ffff) / 16, b = strides | (at_b & 0x3ffff) / 16;
+#define PRODUCT(N, COUNT, A, B)                              \
+  if constexpr (TOKENS == N) {                               \
+    if constexpr (BF16) WGMMA(N, "bf16", R##COUNT, D##COUNT(0), A, B); \
+    else WGMMA(N, "f16", R##COUNT, D##COUNT(0), A, B);       \
+  }
+  PRODUCT(16, 8, "8", "9")
+  PRODUCT(32, 16, "16", "17")
+  PRODUCT(64, 32, "32", "33")
+  PRODUCT(128, 64, "64", "65")
+  PRODUCT(256, 128, "128", "129")
 }

@@ -86,7 +86,7 @@ def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
         for warps, blocks in ((4, 8), (8, 2), (8, 4), (8, 6), (16, 1), (16, 2), (16, 3)):
             grid = min(-(-rows // warps), blocks * processors), 1
             launches.append(cuda.Launch(f"gather<{bf16},{staged},{layout.template}>", grid, 32 * warps, shared))
-    for row_tiles in (1, 2):
+    for row_tiles in (1, 2) if tokens <= 64 else ():
         for token_tiles in (1, 2, 4):
             grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
             staged, sums = 64 * token_tiles * cuda.X_ROW, 4096 * row_tiles * token_tiles
@@ -95,6 +95,10 @@ def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
             else:
                 name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * cuda.TILE_ROW + staged
             launches.append(cuda.Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums)))
+    if torch.cuda.get_device_capability() == cuda.HOPPER:
+        for groups, tile in ((1, 16), (1, 32), (1, 64), (2, 64), (1, 128), (2, 128), (2, 256)):
+            if tile < 2 * tokens or tile == 16 or tile == 256:
+                launches += [cuda.stream(layout, tokens, groups, tile, split) for split in (1, 2, 3, 4)]
     return (launch for launch in launches if launch.shared <= most_shared)
 
 

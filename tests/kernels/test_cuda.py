@@ -31,7 +31,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run(["g++", *flags, "-o", str(built), str(here / "emulator.cpp")], check=True)
     found = ctypes.CDLL(str(built))
     found.emulate.restype = ctypes.c_bool
-    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
     return found
 
 
@@ -43,7 +43,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[
     def run(launch: cuda.Launch, call: ctypes.Structure, device: int) -> None:
         seen.append(launch)
         name = launch.kernel.encode()
-        assert library.emulate(name, *launch.grid, launch.threads, launch.shared, ctypes.addressof(call)), name
+        grid = *launch.grid, *(1,) * (3 - len(launch.grid))
+        assert library.emulate(name, *grid, launch.threads, launch.shared, ctypes.addressof(call)), name
 
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
@@ -73,9 +74,15 @@ def sparse(shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> torc
     return weight.to(dtype)
 
 
-def check(weight: torch.Tensor, matrix: cuda.Matrix, tokens: int, bias: torch.Tensor | None) -> None:
+def check(
+    weight: torch.Tensor,
+    matrix: cuda.Matrix,
+    tokens: int,
+    bias: torch.Tensor | None,
+    launch: cuda.Launch | None = None,
+) -> None:
     x = random_weight(tokens, weight.shape[1], seed=tokens).to(weight.dtype)
-    launch = cuda.plan(matrix.layout, tokens, 0)
+    launch = launch or cuda.plan(matrix.layout, tokens, 0)
     assert launch is not None
     y = cuda.linear(launch, x, matrix, bias)
     wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -95,6 +102,27 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
     names = {launch.kernel.split("<")[0] for launch in launched}
     assert names == {"gather", "multiply_pairs" if matrix.layout.pairs else "multiply"}
     assert cuda.plan(matrix.layout, 65, 0) is None
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("tile", [16, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [
+        (NM(16, 32), torch.bfloat16),
+        (NM(3, 4), torch.float16),
+        (Unstructured(0.5), torch.bfloat16),
+        (Unstructured(0.95), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, split: int):
+    for shape in ((70, 96), (137, 1248)) if tile == 16 else ((70, 1248),):
+        weight = sparse(shape, pattern, dtype)
+        matrix = compress(weight, pattern)
+        for tokens in (1, tile + 3) if tile == 16 else (tile - 5,):
+            launch = cuda.stream(matrix.layout, tokens, 1 if tile <= 64 else 2, tile, split)
+            check(weight, matrix, tokens, random_weight(1, shape[0])[0].to(dtype), launch)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

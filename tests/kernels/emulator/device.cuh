@@ -1,5 +1,6 @@
-// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and a block's fibers take turns at barriers.
-// Copies land when they are waited for, not before; accesses of shared memory by address are checked.
+// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and the fibers of a cluster of blocks take turns at
+// barriers. Copies land and products are made when they are waited for, not before; accesses of shared memory by address
+// are checked.
 #pragma once
 
 #include <ucontext.h>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -34,7 +36,7 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Index {
-  int x, y;
+  int x, y, z;
 };
 
 constexpr int LANES = 32;
@@ -48,32 +50,45 @@ struct Barrier {
 struct Copy {
   u32 to;
   const void* from;
+  u32 bytes;
+};
+struct Arrivals {  // a barrier in shared memory
+  int expected = 0, pending = 0, turn = 0;
+  std::vector<Copy> copies;
 };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::deque<std::vector<Copy>> copies{1};  // the last group is not committed
+  std::vector<std::function<void()>> products;
 };
 struct Warp {
   Barrier barrier;
   u64 lane[LANES][6];
 };
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier all, some;
+  std::map<u32, Arrivals> arrivals;
+  std::vector<char> shared;
+};
 
 inline Index blockIdx, blockDim, gridDim, threadIdx;
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Barrier block;
-inline std::vector<char> shared;
+inline std::vector<Block> cluster;
+inline Block* block;  // whose fiber runs
+inline Barrier of_cluster;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "block %d thread %d: %s\n", blockIdx.x, threadIdx.x, what);
+  std::fprintf(stderr, "block %d %d %d thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, what);
   std::abort();
 }
-inline Fiber& self() { return fibers[threadIdx.x]; }
-inline Warp& my_warp() { return warps[threadIdx.x / LANES]; }
+inline Fiber& self() { return block->fibers[threadIdx.x]; }
+inline Warp& my_warp() { return block->warps[threadIdx.x / LANES]; }
+inline void let_others_run() { swapcontext(&self().context, &scheduler); }
 inline void wait_at(Barrier& barrier) {
   const int turn = barrier.turn;
   if (++barrier.arrived == barrier.members) {
@@ -81,26 +96,30 @@ inline void wait_at(Barrier& barrier) {
     barrier.turn++;
     return;
   }
-  while (barrier.turn == turn) swapcontext(&self().context, &scheduler);
+  while (barrier.turn == turn) let_others_run();
 }
 inline void enter() {
   body();
   self().done = true;
-  swapcontext(&self().context, &scheduler);
+  let_others_run();
 }
 
-// Runs `kernel` for every thread of every block.
-inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, std::function<void()> kernel) {
-  gridDim = {blocks_x, blocks_y}, blockDim = {threads, 1};
+// Runs `kernel` for every thread of every block; blocks beside each other in x are a cluster.
+inline void launch(int blocks_x, int blocks_y, int blocks_z, int threads, int shared_bytes, bool clusters,
+                   std::function<void()> kernel) {
+  const int together = clusters ? blocks_x : 1;
+  gridDim = {blocks_x, blocks_y, blocks_z}, blockDim = {threads, 1, 1};
   body = std::move(kernel);
-  for (blockIdx.y = 0; blockIdx.y < blocks_y; blockIdx.y++)
-    for (blockIdx.x = 0; blockIdx.x < blocks_x; blockIdx.x++) {
-      shared.assign(shared_bytes + 16, (char)0xaa);
-      fibers = std::vector<Fiber>(threads);
-      warps = std::vector<Warp>(threads / LANES);
-      block = {threads};
-      for (Warp& warp : warps) warp.barrier = {LANES};
-      for (Fiber& fiber : fibers) {
+  for (int first = 0; first < blocks_x * blocks_y * blocks_z; first += together) {
+    cluster = std::vector<Block>(together);
+    of_cluster = {};
+    for (Block& each : cluster) {
+      each.shared.assign(shared_bytes + 16, (char)0xaa);
+      each.fibers = std::vector<Fiber>(threads);
+      each.warps = std::vector<Warp>(threads / LANES);
+      each.all = {threads};
+      for (Warp& warp : each.warps) warp.barrier = {LANES};
+      for (Fiber& fiber : each.fibers) {
         constexpr size_t STACK = 1 << 16;
         fiber.stack.reset(new char[STACK]);
         getcontext(&fiber.context);
@@ -109,33 +128,43 @@ inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, st
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
       }
-      for (int left = threads; left;) {
-        left = 0;
+    }
+    for (bool left = true; left;) {
+      left = false;
+      for (int rank = 0; rank < together; rank++) {
+        block = &cluster[rank];
+        const int index = first + rank;
+        blockIdx = {index % blocks_x, index / blocks_x % blocks_y, index / blocks_x / blocks_y};
         for (int i = 0; i < threads; i++) {
-          if (fibers[i].done) continue;
-          threadIdx = {i, 0};
-          swapcontext(&scheduler, &fibers[i].context);
-          left += !fibers[i].done;
+          if (block->fibers[i].done) continue;
+          threadIdx = {i, 0, 0};
+          swapcontext(&scheduler, &block->fibers[i].context);
+          left |= !block->fibers[i].done;
         }
       }
     }
+  }
 }
 
-inline void __syncthreads() { wait_at(block); }
+inline void __syncthreads() { wait_at(block->all); }
 inline void __syncwarp() { wait_at(my_warp().barrier); }
 
 // ---- device.cuh
 
-inline char* shared_memory() { return (char*)(((uintptr_t)shared.data() + 15) / 16 * 16); }
+inline char* shared_memory(Block* of = block) { return (char*)(((uintptr_t)of->shared.data() + 15) / 16 * 16); }
 #define SHARED(name) char* name = shared_memory()
-inline char* checked(u32 at, u32 bytes) {
-  if (at % bytes) fail("misaligned access of shared memory");
-  if (at + bytes > shared.size() - 16) fail("access beyond shared memory");
-  return shared_memory() + at;
+constexpr u32 FIRST = 1024;  // as on Hopper: addresses do not begin with 0
+inline char* checked(u32 at, u32 bytes, Block* of = block) {
+  at -= FIRST;
+  if (at % std::min(bytes, 16u)) fail("misaligned access of shared memory");
+  if (at + bytes > of->shared.size() - 16) fail("access beyond shared memory");
+  return shared_memory(of) + at;
 }
 
 inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
 inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
+inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
+inline u32 bit(int number) { return number < 0 ? 0 : 1u << number; }
 inline u32 permute(u32 a, u32 b, u32 selector) {
   const u64 bytes = (u64)b << 32 | a;
   u32 result = 0;
@@ -186,13 +215,14 @@ template <class T>
 inline T __ldg(const T* p) {
   return load_once(p);
 }
-inline u32 address(const void* p) { return (const char*)p - shared_memory(); }
+inline u32 address(const void* p) { return (const char*)p - shared_memory() + FIRST; }
 inline void store2(u32 at, u16 x) { std::memcpy(checked(at, 2), &x, 2); }
 inline void store8(u32 at, u32 x, u32 y) {
   std::memcpy(checked(at, 8), &x, 4);
   std::memcpy(checked(at, 8) + 4, &y, 4);
 }
 inline void store16(u32 at, uint4 x) { std::memcpy(checked(at, 16), &x, 16); }
+inline void store4(u32 at, u32 x) { std::memcpy(checked(at, 4), &x, 4); }
 inline u32 load4(u32 at) {
   u32 x;
   std::memcpy(&x, checked(at, 4), 4);
@@ -211,7 +241,7 @@ inline uint4 load16(u32 at) {
 inline void copy16(u32 to, const void* from) {
   if ((uintptr_t)from % 16) fail("misaligned copy");
   checked(to, 16);
-  self().copies.back().push_back({to, from});
+  self().copies.back().push_back({to, from, 16});
 }
 inline void commit_copies() { self().copies.emplace_back(); }
 template <int LATER>
@@ -229,10 +259,21 @@ inline u64 (*exchange(T... mine))[6] {
   __syncwarp();
   return my_warp().lane;
 }
-inline float add_up(float x) {
-  for (int distance = LANES / 2; distance; distance /= 2)
-    x += __uint_as_float(exchange(__float_as_uint(x))[(threadIdx.x % LANES) ^ distance][0]);
+template <int OVER = LANES, class T>
+inline T add_up(T x) {
+  for (int distance = OVER / 2; distance; distance /= 2) {
+    u32 bits;
+    std::memcpy(&bits, &x, 4);
+    bits = exchange(bits)[(threadIdx.x % LANES) ^ distance][0];
+    T other;
+    std::memcpy(&other, &bits, 4);
+    x += other;
+  }
   return x;
+}
+inline bool for_any(bool x) {
+  auto lanes = exchange(x);
+  return std::any_of(lanes, lanes + LANES, [](const u64* lane) { return lane[0]; });
 }
 // PTX ISA, mma.m16n8k16: a0, a1 hold rows r, r + 8 at k = 2q, 2q + 1, a2, a3 the same at k + 8; b0, b1 column r at these.
 template <bool BF16>
@@ -250,4 +291,83 @@ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     }
     c[j] = sum;
   }
+}
+
+// ---- Hopper
+
+#define CLUSTER(blocks)
+
+inline void start_barrier(u32 at, int arrivals) {
+  checked(at, 8);
+  block->arrivals[at] = {arrivals, arrivals};
+}
+inline void publish_barriers() {}
+inline Arrivals& arrivals_at(u32 at) {
+  auto found = block->arrivals.find(at);
+  if (found == block->arrivals.end()) fail("no barrier here");
+  return found->second;
+}
+inline void arrive(u32 at) {
+  Arrivals& barrier = arrivals_at(at);
+  if (!barrier.pending--) fail("more arrivals than expected");
+}
+inline void wait_barrier(u32 at, int turn) {
+  Arrivals& barrier = arrivals_at(at);
+  while (true) {
+    if (!barrier.pending) {
+      for (const Copy& copy : barrier.copies) std::memcpy(checked(copy.to, copy.bytes), copy.from, copy.bytes);
+      barrier.copies.clear();
+      barrier.pending = barrier.expected;
+      barrier.turn++;
+    }
+    if (barrier.turn % 2 != turn) return;
+    let_others_run();
+  }
+}
+inline void copy_many(u32 to, const void* from, int bytes, u32 barrier) {
+  if ((uintptr_t)from % 16 || bytes % 16) fail("misaligned copy");
+  checked(to, bytes);
+  arrivals_at(barrier).copies.push_back({to, from, (u32)bytes});
+  arrive(barrier);
+}
+inline void publish_stores() {}
+inline void wait_for_threads(int threads) {
+  block->some.members = threads;
+  wait_at(block->some);
+}
+inline void wait_for_cluster() {
+  const int turn = of_cluster.turn;
+  of_cluster.arrived++;
+  while (of_cluster.turn == turn) {
+    int running = 0;
+    for (const Block& each : cluster)
+      for (const Fiber& fiber : each.fibers) running += !fiber.done;
+    if (of_cluster.arrived == running) of_cluster.arrived = 0, of_cluster.turn++;
+    else let_others_run();
+  }
+}
+template <int SPLIT>
+inline float load_of(int peer, u32 at) {
+  return *(float*)checked(at, 4, &cluster[peer]);
+}
+inline void begin_products() {}
+inline void commit_products() {}
+template <int N>
+inline void wait_products(float (&)[N]) {
+  for (auto& product : self().products) product();
+  self().products.clear();
+}
+// PTX ISA, wgmma: the accumulator of a lane, and matrices in shared memory without swizzling, both K-major.
+template <bool BF16, int TOKENS>
+inline void multiply_tile(float (&c)[TOKENS / 2], u32 at_a, u32 at_b, int across, int down) {
+  float* sum = c;
+  self().products.push_back([=] {
+    const int lane = threadIdx.x % LANES, r = threadIdx.x / LANES % 4 * 16 + lane / 4, q = lane % 4 * 2;
+    auto element = [=](u32 at, int row, int k) {
+      return (double)to_float<BF16>(*(u16*)checked(at + row / 8 * down + row % 8 * 16 + k / 8 * across + k % 8 * 2, 2));
+    };
+    for (int i = 0; i < TOKENS / 2; i++)
+      for (int k = 0; k < 16; k++)
+        sum[i] += element(at_a, r + i % 4 / 2 * 8, k) * element(at_b, i / 4 * 8 + q + i % 2, k);
+  });
 }
