@@ -32,6 +32,9 @@ struct Call {
   const u16* bias;  // [rows] or null
   u16* y;           // [tokens, rows]; `expand`: the dense W
   int tokens;
+  int parts;       // of what follows; `stream` only
+  int* flags;      // [parts] zeros
+  float* partial;  // [parts, ...]
 };
 
 constexpr int STEP = 32;  // words, one per lane: 1,024 columns that a warp takes at a time
@@ -57,29 +60,33 @@ struct Words {
     }
   }
 
-  // Word `at` of a row; nothing beyond the ends.
-  __device__ __forceinline__ void load(const Matrix& w, int row, int at) {
-    const int words = w.columns / 32;
+  // The word at these addresses, or nothing.
+  __device__ __forceinline__ void load(const u32* mask, const u16* here, bool there) {
     bits = 0;
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) values[i] = 0;
-    if (row < w.rows && at < words) {
-      const i64 index = (i64)row * words + at;
-      bits = load_once(w.mask + index);
+    if (there) {
+      bits = load_once(mask);
       if (SLOTS % 8 == 0) {
 #pragma unroll
         for (int i = 0; i < SLOTS / 8; i++) {
-          const uint4 four = load_once((const uint4*)(w.values + SLOTS * index) + i);
+          const uint4 four = load_once((const uint4*)here + i);
           values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
         }
       } else {
 #pragma unroll
         for (int i = 0; i < SLOTS / 4; i++) {
-          const uint2 two = load_once((const uint2*)(w.values + SLOTS * index) + i);
+          const uint2 two = load_once((const uint2*)here + i);
           values[2 * i] = two.x, values[2 * i + 1] = two.y;
         }
       }
     }
+  }
+
+  // Word `at` of a row; nothing beyond the ends.
+  __device__ __forceinline__ void load(const Matrix& w, int row, int at) {
+    const i64 index = (i64)row * (w.columns / 32) + at;
+    load(w.mask + index, w.values + SLOTS * index, row < w.rows && at < w.columns / 32);
   }
 
   // This lane's word of a step, and what falls to it of the step's overflow.
@@ -451,6 +458,9 @@ __global__ void arrange(const Call call) {
   const int lane = threadIdx.x % LANES, spans = (call.w.columns + SPAN - 1) / SPAN;
   const int group = blockIdx.y, span = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
   const int token = 8 * group + lane / 4, column = SPAN * span + lane % 4 * 32;
+  for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x; i < call.parts;
+       i += gridDim.x * gridDim.y * blockDim.x)
+    call.flags[i] = 0;
   if (span >= spans) return;
   uint4 x[4];
 #pragma unroll
@@ -469,64 +479,40 @@ __global__ void arrange(const Call call) {
   }
 }
 
-// What a row's words have too many, in column order: the four lanes of a row take turns.
-template <bool OVERFLOW>
-struct Extra {
-  static constexpr int AHEAD = 3;  // of each lane
-  const u32* entries;
-  int at, end;
-  u32 next[AHEAD];
+// The work of a block: all spans of all tiles of y, one tile after the other, are cut into as many parts as there are
+// blocks. A block takes the tiles of its part from the last to the first. So the last, of which it may have only a first
+// piece, is done first, and who has the end of a tile finds the pieces that others have.
+struct Part {
+  int spans, from, tile, at, stop;  // in spans; `at` and `stop` in the tile's piece
 
-  __device__ __forceinline__ void seek(const Matrix& w, int row, int column, int part) {
-    if constexpr (OVERFLOW) {
-      const int steps = (w.columns / 32 + STEP - 1) / STEP, step = column / (32 * STEP);
-      entries = w.overflow, at = end = 0;
-      int skip = 0;
-      if (row < w.rows && step < steps) {
-        const int* starts = w.starts + (i64)row * steps;
-        at = __ldg(starts + step), end = __ldg(starts + steps);
-        const int behind = __ldg(starts + step + 1);
-#pragma unroll 8
-        for (int i = at + part; i < behind; i += 4) skip += (int)(__ldg(entries + i) >> 16) < column;
-      }
-      at += add_up<4>(skip);
-      fetch(part);
-    }
+  __device__ __forceinline__ Part(int spans, i64 all, int part, int parts) : spans(spans) {
+    from = (int)(all * part / parts);
+    stop = (int)(all * (part + 1) / parts);
+    enter();
   }
-  __device__ __forceinline__ void fetch(int part) {
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      next[i] = at + 4 * i + part < end ? __ldg(entries + at + 4 * i + part) : 0xffff0000;
+  __device__ __forceinline__ void enter() {  // the tile before `stop`
+    tile = (stop - 1) / spans;
+    at = max(from, tile * spans);
   }
-  template <class F>  // f(entry) for the entries before column `stop`
-  __device__ __forceinline__ void take(int stop, int part, F f) {
-    if constexpr (OVERFLOW) {
-      int taken, all = 0;
-      do {
-        taken = 0;
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-          if (at + 4 * i + part < end && (int)(next[i] >> 16) < stop) f(next[i]), taken++;
-        all = add_up<4>(taken);
-        at += all;
-        fetch(part);
-      } while (for_any(all == 4 * AHEAD));
-    }
+  __device__ __forceinline__ bool is_left() const { return stop > from; }
+  __device__ __forceinline__ int span() const { return at - tile * spans; }
+  __device__ __forceinline__ void leave() {
+    stop = max(from, tile * spans);
+    if (is_left()) enter();
   }
 };
 
-// A block makes 64 * GROUPS columns of y for TOKENS tokens from the spans that fall to it; the blocks of a row of the grid,
-// a cluster, share out the spans and add up.
-template <bool BF16, int SLOTS, bool OVERFLOW, int GROUPS, int TOKENS, int SPLIT>
-__global__ void CLUSTER(SPLIT) __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
+// A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
+template <bool BF16, int SLOTS, bool OVERFLOW, int GROUPS, int TOKENS>
+__global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
   SHARED(memory);
   constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
   constexpr int STAGES = TOKENS > 128 ? 2 : 3, ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
   constexpr int AHEAD = WORDS == 1 ? 2 : 1;  // steps that a lane has asked for
+  constexpr int EXTRA = OVERFLOW ? 4 : 0;    // and overflow, of the step that it is at
   const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, rank = blockIdx.x;
-  const int spans = (w.columns + SPAN - 1) / SPAN;
-  const int first = spans * rank / SPLIT, count = spans * (rank + 1) / SPLIT - first;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 tiles = (address(memory) + BLOCKS - 1) / BLOCKS * BLOCKS;  // so that `|` can add what is inside of blocks
   const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES;
   if (threadIdx.x < STAGES) {
@@ -535,101 +521,158 @@ __global__ void CLUSTER(SPLIT) __launch_bounds__(384, TOKENS > 64 ? 1 : 2) strea
   }
   publish_barriers();
   __syncthreads();
+  const i64 all = (i64)((w.rows + ROWS - 1) / ROWS) * token_tiles * spans;
+  Part now(spans, all, blockIdx.x, gridDim.x);
+  int stage = 0, turn = 0;
 
   if (warp >= 4 * GROUPS) {
     const int mine = warp - 4 * GROUPS, part = lane % 4;
     typedef Words<SLOTS, false> Word;
+    // Two walks over the part's steps: one asks for words, the other, some steps behind, expands them.
     Word next[AHEAD][WORDS];
-    Extra<OVERFLOW> extra[WORDS];
-    auto row = [&](int i) { return blockIdx.z * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4; };
-    auto load = [&](Word& word, int i, int step) {
-      word.load(w, row(i), step < count ? 4 * (first + step) + part : w.columns / 32);
-    };
-#pragma unroll
-    for (int i = 0; i < WORDS; i++) {
-#pragma unroll
-      for (int j = 0; j < AHEAD; j++) load(next[j][i], i, j);
-      extra[i].seek(w, row(i), SPAN * first, part);
-    }
-    const char* x = (const char*)call.x + ((i64)blockIdx.y * spans + first) * X;
-    for (int step = 0, stage = 0, turn = 1; step < count; step++) {
-      const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
-      wait_barrier(empty + 8 * stage, turn);
-      if (mine == 0 && lane == 0) copy_many(tile + TILE, x + (i64)step * X, X, ready);
-      Word now[WORDS];
-      u32 to[WORDS];
-#pragma unroll
-      for (int i = 0; i < WORDS; i++) {
-        now[i] = next[0][i];
-        if constexpr (AHEAD == 2) next[0][i] = next[1][i];
-        load(next[AHEAD - 1][i], i, step + AHEAD);
-        to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
-#pragma unroll
-        for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
-        to[i] += 4 * lane;
-      }
-      __syncwarp();
-#pragma unroll
-      for (int n = SLOTS - 1; n >= 0; n--)
+    Part later = now;
+    int at, steps = 0;          // the word that a lane asks for next, and how often before the tile ends
+    const u32* masks[WORDS];    // of its rows
+    const u16* values[WORDS];
+    int ends[WORDS];            // after the row's last word; 0 beyond the last row
+    auto load = [&](Word (&words)[WORDS]) {
+      if (steps == 0) {
+        at = 4 * later.span() + part;
+        steps = later.is_left() ? later.stop - later.at : 1 << 30;
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
-          const int column = highest_bit(now[i].bits);
-          now[i].bits ^= bit(column);
-          if (!OVERFLOW || column >= 0)  // else only a damaged mask has no bit here: it gets a wrong number
-            store2(to[i] | column * 66 & 0x782, n % 2 ? now[i].values[n / 2] >> 16 : now[i].values[n / 2]);
+          const int row = later.tile / token_tiles * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4;
+          masks[i] = w.mask + (i64)row * (w.columns / 32);
+          values[i] = w.values + (i64)row * (w.columns / 32) * SLOTS;
+          ends[i] = later.is_left() && row < w.rows ? w.columns / 32 : 0;
         }
-      if constexpr (OVERFLOW) {
-        __syncwarp();
-        const int begin = SPAN * (first + step);
-#pragma unroll
-        for (int i = 0; i < WORDS; i++)
-          extra[i].take(begin + SPAN, part, [&](u32 entry) {
-            const u32 column = (entry >> 16) - begin;
-            if (column < SPAN)
-              store2(to[i] - 4 * part + column / 32 * 4 + column % 32 / 2 * BLOCK + column % 2 * 2, entry);
-          });
+        later.leave();
       }
-      publish_stores();
-      __syncwarp();
-      if (lane == 0) arrive(ready);
-      if (++stage == STAGES) stage = 0, turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) words[i].load(masks[i] + at, values[i] + SLOTS * at, at < ends[i]);
+      at += 4, steps--;
+    };
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) load(next[j]);
+    for (; now.is_left(); now.leave()) {
+      const u32* extra[WORDS];  // overflow of what is next in a row
+      if constexpr (OVERFLOW) {
+        const int words = w.columns / 32, step = now.span() / (STEP / 4);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+          const int row = now.tile / token_tiles * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4;
+          int before = 0;
+          if (row < w.rows) {
+            const u32* mask = w.mask + (i64)row * words;
+            for (int k = step * STEP + part; k < 4 * now.span(); k += 4) before += max(0, __popc(__ldg(mask + k)) - SLOTS);
+            if (part == 0) before += __ldg(w.starts + (i64)row * ((words + STEP - 1) / STEP) + step);
+          }
+          extra[i] = w.overflow + add_up<4>(before);
+        }
+      }
+      const char* x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
+      for (int left = now.stop - now.at; left; left--) {
+        const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
+        wait_barrier(empty + 8 * stage, turn ^ 1);
+        if (mine == 0 && lane == 0) copy_many(tile + TILE, x, X, ready);
+        x += X;
+        Word words[WORDS];
+        u32 to[WORDS], more[WORDS][EXTRA + 1];
+        int count[WORDS];
+        const u32* last[WORDS];
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+          words[i] = next[0][i];
+          if constexpr (AHEAD == 2) next[0][i] = next[1][i];
+          to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
+#pragma unroll
+          for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
+          to[i] += 4 * lane;
+          if constexpr (OVERFLOW) {  // the list has a row's words in order: the four lanes of a row divide it
+            count[i] = max(0, __popc(words[i].bits) - SLOTS);
+            const int upto = add_before<4>(count[i]) + count[i];
+            last[i] = extra[i] + upto - 1;
+            extra[i] += from_lane(upto, lane | 3);
+#pragma unroll
+            for (int k = 0; k < EXTRA; k++) more[i][k] = k < count[i] ? __ldg(last[i] - k) : 0;
+          }
+        }
+        load(next[AHEAD - 1]);
+        __syncwarp();
+        // If there is no bit left, only a damaged mask of a matrix without overflow gets a number here, a wrong one.
+        auto put = [&](int i, u32 value) {
+          const int column = highest_bit(words[i].bits);
+          words[i].bits = subtract(words[i].bits, bit(column));
+          if (!OVERFLOW || column >= 0) store2(to[i] | column * 66 & 0x782, value);
+        };
+#pragma unroll
+        for (int n = SLOTS - 1; n >= 0; n--)
+#pragma unroll
+          for (int i = 0; i < WORDS; i++) put(i, n % 2 ? words[i].values[n / 2] >> 16 : words[i].values[n / 2]);
+        if constexpr (OVERFLOW) {
+#pragma unroll
+          for (int k = 0; k < EXTRA; k++)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) put(i, more[i][k]);
+#pragma unroll
+          for (int i = 0; i < WORDS; i++)
+            for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(last[i] - k));
+        }
+        publish_stores();
+        __syncwarp();
+        if (lane == 0) arrive(ready);
+        if (++stage == STAGES) stage = 0, turn ^= 1;
+      }
     }
   } else {
-    float sum[TOKENS / 2] = {};
-    const int group = warp / 4;
-    for (int step = 0, stage = 0, turn = 0; step < count; step++) {
-      const u32 tile = tiles + stage * (TILE + X);
-      wait_barrier(full + 8 * stage, turn);
-      begin_products();
+    const int group = warp / 4, thread = threadIdx.x % 128;
+    for (; now.is_left(); now.leave()) {
+      float sum[TOKENS / 2] = {};
+      for (int steps = now.stop - now.at; steps; steps--) {
+        const u32 tile = tiles + stage * (TILE + X);
+        wait_barrier(full + 8 * stage, turn);
+        begin_products();
 #pragma unroll
-      for (int j = 0; j < SPAN / 16; j++)
-        multiply_tile<BF16, TOKENS>(sum, tile + group * 8 * BLOCKS + 2 * BLOCK * j, tile + TILE + 2 * BLOCK * j, BLOCK,
-                                    BLOCKS);
-      commit_products();
-      wait_products(sum);
-      if (threadIdx.x % 128 == 0) arrive(empty + 8 * stage);
-      if (++stage == STAGES) stage = 0, turn ^= 1;
+        for (int j = 0; j < SPAN / 16; j++)
+          multiply_tile<BF16, TOKENS>(sum, tile + group * 8 * BLOCKS + 2 * BLOCK * j, tile + TILE + 2 * BLOCK * j,
+                                      BLOCK, BLOCKS);
+        commit_products();
+        wait_products(sum);
+        if (thread == 0) arrive(empty + 8 * stage);
+        if (++stage == STAGES) stage = 0, turn ^= 1;
+      }
+      auto piece = [&](int block) {  // the sums of another block, or those that this one leaves
+        return call.partial + ((i64)block * GROUPS + group) * (TOKENS / 2 * 128) + thread;
+      };
+      if (now.stop < (now.tile + 1) * spans) {
+        float* to = piece(blockIdx.x);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) to[i * 128] = sum[i];
+        raise_flag(call.flags + blockIdx.x * GROUPS + group, group);
+      } else {
+        int other = blockIdx.x;
+        for (int begin = now.at; begin > now.tile * spans;) {
+          begin = (int)(all * --other / gridDim.x);
+          wait_flag(call.flags + other * GROUPS + group);
+          const float* from = piece(other);
+#pragma unroll
+          for (int i = 0; i < TOKENS / 2; i++) sum[i] += load_shared_by_all(from + i * 128);
+        }
+        const int first_row = now.tile / token_tiles * ROWS + warp * 16 + lane / 4;
+        const int first_token = now.tile % token_tiles * TOKENS + lane % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int row = first_row + 8 * half;
+          if (row >= w.rows) break;
+          const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+#pragma unroll
+          for (int i = 0; i < TOKENS / 4; i++) {
+            const int token = first_token + i / 2 * 8 + i % 2;
+            if (token < call.tokens) call.y[(i64)token * w.rows + row] = rounded<BF16>(sum[i / 2 * 4 + 2 * half + i % 2] + bias);
+          }
+        }
+      }
     }
-
-    // The sums of all blocks of the cluster, each in shared memory as [token][row]; every block adds some tokens up.
-    constexpr int PITCH = ROWS + 4;
-    wait_for_threads(128 * GROUPS);
-    const int r = warp * 16 + lane / 4, q = lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++)
-      store4(tiles + 4 * ((i / 4 * 8 + q + i % 2) * PITCH + r + i % 4 / 2 * 8), __float_as_uint(sum[i]));
-    if constexpr (SPLIT > 1) wait_for_cluster();
-    else wait_for_threads(128 * GROUPS);
-    const int at = threadIdx.x % ROWS, here = blockIdx.z * ROWS + at;
-    const int tokens = min(TOKENS, call.tokens - (int)blockIdx.y * TOKENS);
-    const float bias = call.bias && here < w.rows ? to_float<BF16>(call.bias[here]) : 0.0f;
-    for (int token = threadIdx.x / ROWS * SPLIT + rank; token < tokens; token += 2 * SPLIT) {
-      float total = bias;
-#pragma unroll
-      for (int peer = 0; peer < SPLIT; peer++) total += load_of<SPLIT>(peer, tiles + 4 * (token * PITCH + at));
-      if (here < w.rows) call.y[((i64)blockIdx.y * TOKENS + token) * w.rows + here] = rounded<BF16>(total);
-    }
-    if constexpr (SPLIT > 1) wait_for_cluster();  // shared memory goes with its block
   }
 }
 

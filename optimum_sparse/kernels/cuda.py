@@ -26,10 +26,11 @@ class Launch(NamedTuple):
     """A kernel by its name in cuda.cu, and the blocks that run it; `shared` is in bytes."""
 
     kernel: str
-    grid: tuple[int, ...]
+    grid: tuple[int, int]
     threads: int
     shared: int
-    tile: int = 0  # how many tokens `arrange` puts together before it; 0: takes x as it is
+    tile: int = 0  # `stream` only: how many tokens it takes at a time, and times 64 rows
+    groups: int = 0
 
 
 class Layout(NamedTuple):
@@ -113,25 +114,19 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     return launch if launch.shared <= most_shared else None
 
 
-def stream(layout: Layout, tokens: int, groups: int, tile: int, split: int) -> Launch:
-    """`stream` with these template arguments: 64 * groups rows, `tile` tokens and a part of the columns per block."""
-    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{groups},{tile},{split}>"
-    stages, rows = 2 if tile > 128 else 3, 64 * groups
-    shared = 2048 + max(stages * (256 * (rows + tile) + 16), 4 * tile * (rows + 4))
-    return Launch(kernel, (split, -(-tokens // tile), -(-layout.rows // rows)), 384, shared, tile)
+def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int) -> Launch:
+    """`stream` with these template arguments: 64 * groups rows and `tile` tokens at a time."""
+    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{groups},{tile}>"
+    rows, stages = 64 * groups, 2 if tile > 128 else 3
+    steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // SPAN)
+    blocks = max(1, min(steps // 2, processors * (1 if tile > 64 else 2)))
+    return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16), tile, groups)
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out] by what `plan` says."""
-    tokens, in_features = x.shape
-    y = x.new_empty(tokens, matrix.layout.rows)
-    if launch.tile:
-        spans = -(-in_features // SPAN)
-        arranged = x.new_empty(-(-tokens // launch.tile) * launch.tile, spans * SPAN)
-        grid = -(-spans // 4), len(arranged) // 8
-        _launch(Launch(f"arrange<{launch.tile}>", grid, 128, 0), matrix, x, tokens, None, arranged)
-        x = arranged
-    _launch(launch, matrix, x, tokens, bias, y)
+    y = x.new_empty(x.shape[0], matrix.layout.rows)
+    _launch(launch, matrix, x, bias, y)
     return y
 
 
@@ -141,7 +136,7 @@ def expand(matrix: Matrix) -> Tensor:
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
     blocks = min(-(-rows * -(-in_features // slots.STEP) // 8), 8 * processors)
-    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, 0, None, dense)
+    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
     return dense
 
 
@@ -159,12 +154,13 @@ class _Call(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("tokens", ctypes.c_int32),
+        ("parts", ctypes.c_int32),
+        ("flags", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
     )
 
 
-def _launch(
-    launch: Launch, matrix: Matrix, x: Tensor | None, tokens: int, bias: Tensor | None, y: Tensor
-) -> None:
+def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     values, mask, overflow, starts, layout = matrix
     call = _Call()
     call.rows, call.columns, call.y = layout.rows, layout.in_features, y.data_ptr()
@@ -175,10 +171,19 @@ def _launch(
         call.overflow, call.starts = overflow.data_ptr(), starts.data_ptr()
     if x is not None:
         x = aligned(x)
-        call.x, call.tokens = x.data_ptr(), tokens
+        call.x, call.tokens = x.data_ptr(), x.shape[0]
     if bias is not None:
         bias = aligned(bias)
         call.bias = bias.data_ptr()
+    if launch.tile and x is not None:
+        spans, tokens = -(-layout.in_features // SPAN), -(-len(x) // launch.tile) * launch.tile
+        call.parts = launch.grid[0] * launch.groups
+        arranged, sums = 2 * tokens * spans * SPAN, call.parts * 64 * launch.tile * 4
+        scratch = torch.empty(arranged + sums + 4 * call.parts, dtype=torch.uint8, device=y.device)
+        call.y = scratch.data_ptr()
+        call.partial, call.flags = call.y + arranged, call.y + arranged + sums
+        _run(Launch(f"arrange<{launch.tile}>", (-(-spans // 4), tokens // 8), 128, 0), call, y.get_device())
+        call.x, call.y = call.y, y.data_ptr()
     _run(launch, call, y.get_device())
 
 
@@ -197,7 +202,7 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     threads, shared, where = launch.threads, launch.shared, ctypes.addressof(arguments)
-    blocks_and_threads = *launch.grid, *(1,) * (3 - len(launch.grid)), threads, 1, 1
+    blocks_and_threads = *launch.grid, 1, threads, 1, 1
     result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
         _make_current(device)

@@ -28,16 +28,23 @@ __device__ __forceinline__ u32 bit_after(int zeros) {
   return bit;
 }
 
-// The number of the highest bit, and -1 if there is no bit; the bit of a number, none for -1.
+// The number of the highest bit, and -1 if there is no bit.
 __device__ __forceinline__ int highest_bit(u32 word) {
   int number;
   asm("bfind.u32 %0, %1;" : "=r"(number) : "r"(word));
   return number;
 }
-__device__ __forceinline__ u32 bit(int number) {
+__device__ __forceinline__ u32 bit(int number) {  // none for -1
   u32 bit;
   asm("shl.b32 %0, %1, %2;" : "=r"(bit) : "r"(1), "r"(number));
   return bit;
+}
+// a - b on the units that multiply, which have less to do.
+__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
+  u32 difference, minus = -1;
+  asm("" : "+r"(minus));
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(minus), "r"(a));
+  return difference;
 }
 
 // Four of the eight bytes of b:a, one for each hexadecimal digit of `selector`.
@@ -137,7 +144,17 @@ __device__ __forceinline__ T add_up(T x) {
   for (int distance = OVER / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
   return x;
 }
-__device__ __forceinline__ bool for_any(bool x) { return __any_sync(ALL, x); }
+template <int OVER>
+__device__ __forceinline__ int add_before(int x) {  // of the lanes before, of OVER neighbours
+  int sum = x;
+#pragma unroll
+  for (int distance = 1; distance < OVER; distance *= 2) {
+    const int other = __shfl_up_sync(ALL, sum, distance, OVER);
+    if (threadIdx.x % OVER >= distance) sum += other;
+  }
+  return sum - x;
+}
+__device__ __forceinline__ int from_lane(int x, int lane) { return __shfl_sync(ALL, x, lane); }
 
 // c [16, 8] += a [16, 16] b [16, 8] on tensor cores: PTX ISA, mma.m16n8k16.
 template <bool BF16>
@@ -150,9 +167,7 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// ---- Hopper: barriers in shared memory, copies that arrive at them, clusters, warpgroups
-
-#define CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+// ---- Hopper: barriers in shared memory, copies that arrive at them, warpgroups
 
 // A barrier turns when `arrivals` have come, and the bytes that were announced.
 __device__ __forceinline__ void start_barrier(u32 at, int arrivals) {
@@ -179,21 +194,17 @@ __device__ __forceinline__ void copy_many(u32 to, const void* from, int bytes, u
 // Ordinary stores to shared memory, before tensor cores read them.
 __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void wait_for_threads(int threads) {  // the first so many of a block
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+// What this warpgroup, the `number`th of the block, wrote to global memory is there for all who wait for the flag.
+__device__ __forceinline__ void raise_flag(int* flag, int number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
+  if (threadIdx.x % 128 == 0) asm volatile("fence.acq_rel.gpu; st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
-__device__ __forceinline__ void wait_for_cluster() {  // all of its threads that have not ended
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void wait_flag(const int* flag) {
+  int raised;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  while (!raised);
 }
-template <int SPLIT>  // from the shared memory of a block of the cluster
-__device__ __forceinline__ float load_of(int peer, u32 at) {
-  float x;
-  if (SPLIT == 1) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
-  else
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
-                 : "=f"(x) : "r"(at), "r"(peer) : "memory");
-  return x;
-}
+__device__ __forceinline__ float load_shared_by_all(const float* p) { return __ldcg(p); }  // past L1
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -31,7 +31,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run(["g++", *flags, "-o", str(built), str(here / "emulator.cpp")], check=True)
     found = ctypes.CDLL(str(built))
     found.emulate.restype = ctypes.c_bool
-    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
+    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.c_void_p]
     return found
 
 
@@ -43,8 +43,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[
     def run(launch: cuda.Launch, call: ctypes.Structure, device: int) -> None:
         seen.append(launch)
         name = launch.kernel.encode()
-        grid = *launch.grid, *(1,) * (3 - len(launch.grid))
-        assert library.emulate(name, *grid, launch.threads, launch.shared, ctypes.addressof(call)), name
+        assert library.emulate(name, *launch.grid, launch.threads, launch.shared, ctypes.addressof(call)), name
 
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
@@ -104,7 +103,7 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
     assert cuda.plan(matrix.layout, 65, 0) is None
 
 
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("processors", [1, 3])
 @pytest.mark.parametrize("tile", [16, 64, 128, 256])
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
@@ -116,12 +115,12 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
     ],
     ids=str,
 )
-def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, split: int):
+def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, processors: int):
     for shape in ((70, 96), (137, 1248)) if tile == 16 else ((70, 1248),):
         weight = sparse(shape, pattern, dtype)
         matrix = compress(weight, pattern)
         for tokens in (1, tile + 3) if tile == 16 else (tile - 5,):
-            launch = cuda.stream(matrix.layout, tokens, 1 if tile <= 64 else 2, tile, split)
+            launch = cuda.stream(matrix.layout, tokens, 1 if tile <= 64 else 2, tile, processors)
             check(weight, matrix, tokens, random_weight(1, shape[0])[0].to(dtype), launch)
 
 
@@ -180,7 +179,7 @@ def test_a_damaged_mask_touches_no_foreign_memory(pattern: Pattern):
 
 def test_the_call_is_laid_out_as_in_c():
     """ctypes and C++ agree on every offset: else pointers would be read from the wrong place."""
-    assert ctypes.sizeof(cuda._Call) == 72
+    assert ctypes.sizeof(cuda._Call) == 88
     assert [getattr(cuda._Call, name).offset for name, _ in cuda._Call._fields_] == [
         0,
         8,
@@ -192,6 +191,9 @@ def test_the_call_is_laid_out_as_in_c():
         48,
         56,
         64,
+        68,
+        72,
+        80,
     ]
 
 

@@ -1,5 +1,4 @@
-// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and the fibers of a cluster of blocks take turns at
-// barriers. Copies land and products are made when they are waited for, not before; accesses of shared memory by address
+// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and a block's fibers take turns at barriers. Copies land and products are made when they are waited for, not before; accesses of shared memory by address
 // are checked.
 #pragma once
 
@@ -21,6 +20,7 @@ typedef uint16_t u16;
 typedef uint32_t u32;
 typedef long long i64;
 typedef unsigned long long u64;
+using std::max;
 using std::min;
 
 #define __device__
@@ -36,7 +36,7 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Index {
-  int x, y, z;
+  int x, y;
 };
 
 constexpr int LANES = 32;
@@ -70,20 +70,18 @@ struct Warp {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier all, some;
+  Barrier all, groups[2];
   std::map<u32, Arrivals> arrivals;
   std::vector<char> shared;
 };
 
 inline Index blockIdx, blockDim, gridDim, threadIdx;
-inline std::vector<Block> cluster;
-inline Block* block;  // whose fiber runs
-inline Barrier of_cluster;
+inline Block* block;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "block %d %d %d thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, what);
+  std::fprintf(stderr, "block %d %d thread %d: %s\n", blockIdx.x, blockIdx.y, threadIdx.x, what);
   std::abort();
 }
 inline Fiber& self() { return block->fibers[threadIdx.x]; }
@@ -104,22 +102,20 @@ inline void enter() {
   let_others_run();
 }
 
-// Runs `kernel` for every thread of every block; blocks beside each other in x are a cluster.
-inline void launch(int blocks_x, int blocks_y, int blocks_z, int threads, int shared_bytes, bool clusters,
-                   std::function<void()> kernel) {
-  const int together = clusters ? blocks_x : 1;
-  gridDim = {blocks_x, blocks_y, blocks_z}, blockDim = {threads, 1, 1};
+// Runs `kernel` for every thread of every block.
+inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, std::function<void()> kernel) {
+  gridDim = {blocks_x, blocks_y}, blockDim = {threads, 1};
   body = std::move(kernel);
-  for (int first = 0; first < blocks_x * blocks_y * blocks_z; first += together) {
-    cluster = std::vector<Block>(together);
-    of_cluster = {};
-    for (Block& each : cluster) {
-      each.shared.assign(shared_bytes + 16, (char)0xaa);
-      each.fibers = std::vector<Fiber>(threads);
-      each.warps = std::vector<Warp>(threads / LANES);
-      each.all = {threads};
-      for (Warp& warp : each.warps) warp.barrier = {LANES};
-      for (Fiber& fiber : each.fibers) {
+  for (blockIdx.y = 0; blockIdx.y < blocks_y; blockIdx.y++)
+    for (blockIdx.x = 0; blockIdx.x < blocks_x; blockIdx.x++) {
+      Block here;
+      block = &here;
+      here.shared.assign(shared_bytes + 16, (char)0xaa);
+      here.fibers = std::vector<Fiber>(threads);
+      here.warps = std::vector<Warp>(threads / LANES);
+      here.all = {threads};
+      for (Warp& warp : here.warps) warp.barrier = {LANES};
+      for (Fiber& fiber : here.fibers) {
         constexpr size_t STACK = 1 << 16;
         fiber.stack.reset(new char[STACK]);
         getcontext(&fiber.context);
@@ -128,22 +124,16 @@ inline void launch(int blocks_x, int blocks_y, int blocks_z, int threads, int sh
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
       }
-    }
-    for (bool left = true; left;) {
-      left = false;
-      for (int rank = 0; rank < together; rank++) {
-        block = &cluster[rank];
-        const int index = first + rank;
-        blockIdx = {index % blocks_x, index / blocks_x % blocks_y, index / blocks_x / blocks_y};
+      for (int left = threads; left;) {
+        left = 0;
         for (int i = 0; i < threads; i++) {
-          if (block->fibers[i].done) continue;
-          threadIdx = {i, 0, 0};
-          swapcontext(&scheduler, &block->fibers[i].context);
-          left |= !block->fibers[i].done;
+          if (here.fibers[i].done) continue;
+          threadIdx = {i, 0};
+          swapcontext(&scheduler, &here.fibers[i].context);
+          left += !here.fibers[i].done;
         }
       }
     }
-  }
 }
 
 inline void __syncthreads() { wait_at(block->all); }
@@ -151,20 +141,22 @@ inline void __syncwarp() { wait_at(my_warp().barrier); }
 
 // ---- device.cuh
 
-inline char* shared_memory(Block* of = block) { return (char*)(((uintptr_t)of->shared.data() + 15) / 16 * 16); }
+inline char* shared_memory() { return (char*)(((uintptr_t)block->shared.data() + 15) / 16 * 16); }
 #define SHARED(name) char* name = shared_memory()
 constexpr u32 FIRST = 1024;  // as on Hopper: addresses do not begin with 0
-inline char* checked(u32 at, u32 bytes, Block* of = block) {
+inline char* checked(u32 at, u32 bytes) {
   at -= FIRST;
   if (at % std::min(bytes, 16u)) fail("misaligned access of shared memory");
-  if (at + bytes > of->shared.size() - 16) fail("access beyond shared memory");
-  return shared_memory(of) + at;
+  if (at + bytes > block->shared.size() - 16) fail("access beyond shared memory");
+  return shared_memory() + at;
 }
 
 inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
 inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
 inline u32 bit(int number) { return number < 0 ? 0 : 1u << number; }
+inline u32 subtract(u32 a, u32 b) { return a - b; }
+inline int __popc(u32 word) { return __builtin_popcount(word); }
 inline u32 permute(u32 a, u32 b, u32 selector) {
   const u64 bytes = (u64)b << 32 | a;
   u32 result = 0;
@@ -271,10 +263,14 @@ inline T add_up(T x) {
   }
   return x;
 }
-inline bool for_any(bool x) {
+template <int OVER>
+inline int add_before(int x) {
   auto lanes = exchange(x);
-  return std::any_of(lanes, lanes + LANES, [](const u64* lane) { return lane[0]; });
+  int sum = 0;
+  for (int lane = threadIdx.x % LANES; lane % OVER; lane--) sum += (int)lanes[lane - 1][0];
+  return sum;
 }
+inline int from_lane(int x, int lane) { return (int)exchange(x)[lane][0]; }
 // PTX ISA, mma.m16n8k16: a0, a1 hold rows r, r + 8 at k = 2q, 2q + 1, a2, a3 the same at k + 8; b0, b1 column r at these.
 template <bool BF16>
 inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -294,8 +290,6 @@ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 
 // ---- Hopper
-
-#define CLUSTER(blocks)
 
 inline void start_barrier(u32 at, int arrivals) {
   checked(at, 8);
@@ -331,25 +325,17 @@ inline void copy_many(u32 to, const void* from, int bytes, u32 barrier) {
   arrive(barrier);
 }
 inline void publish_stores() {}
-inline void wait_for_threads(int threads) {
-  block->some.members = threads;
-  wait_at(block->some);
+// Blocks run one after the other: none waits for one that comes later.
+inline void raise_flag(int* flag, int number) {
+  Barrier& group = block->groups[number];
+  group.members = 128;
+  wait_at(group);
+  *flag = 1;
 }
-inline void wait_for_cluster() {
-  const int turn = of_cluster.turn;
-  of_cluster.arrived++;
-  while (of_cluster.turn == turn) {
-    int running = 0;
-    for (const Block& each : cluster)
-      for (const Fiber& fiber : each.fibers) running += !fiber.done;
-    if (of_cluster.arrived == running) of_cluster.arrived = 0, of_cluster.turn++;
-    else let_others_run();
-  }
+inline void wait_flag(const int* flag) {
+  if (*flag != 1) fail("waits for a flag that an earlier block did not raise");
 }
-template <int SPLIT>
-inline float load_of(int peer, u32 at) {
-  return *(float*)checked(at, 4, &cluster[peer]);
-}
+inline float load_shared_by_all(const float* p) { return load_once(p); }
 inline void begin_products() {}
 inline void commit_products() {}
 template <int N>

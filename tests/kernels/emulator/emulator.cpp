@@ -5,24 +5,22 @@
 #include <string>
 
 #define ENTRY(...) \
-  if (name == #__VA_ARGS__) \
-    return launch(x, y, z, threads, shared, name.starts_with("stream"), [&] { __VA_ARGS__(call); }), true;
+  if (name == #__VA_ARGS__) return launch(x, y, threads, shared, [&] { __VA_ARGS__(call); }), true;
 #define PER_SLOTS(BF16, SLOTS, OVERFLOW, ROW_TILES)                                           \
   ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                   \
   ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,1>)       \
   ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,2>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,2,4>)   \
   ENTRY(expand<SLOTS,OVERFLOW>)
-#define PER_SPLIT(BF16, SLOTS, OVERFLOW, SPLIT)                                                       \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,1,16,SPLIT>) ENTRY(stream<BF16,SLOTS,OVERFLOW,1,64,SPLIT>)          \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,2,128,SPLIT>) ENTRY(stream<BF16,SLOTS,OVERFLOW,2,256,SPLIT>)
-#define STREAM(BF16, SLOTS, OVERFLOW) PER_SPLIT(BF16, SLOTS, OVERFLOW, 1) PER_SPLIT(BF16, SLOTS, OVERFLOW, 3)
+#define STREAM(BF16, SLOTS, OVERFLOW)                                                          \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,1,64>)              \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,2,256>)
 #define PER_TYPE(BF16)                                                                        \
   PER_SLOTS(BF16, 16, false, 2) PER_SLOTS(BF16, 24, false, 2)                                 \
   PER_SLOTS(BF16, 16, true, 1) PER_SLOTS(BF16, 12, true, 1) PER_SLOTS(BF16, 4, true, 1)       \
   ENTRY(multiply_pairs<BF16,2,1>) ENTRY(multiply_pairs<BF16,2,2>) ENTRY(multiply_pairs<BF16,2,4>)
 
 // False if there is no kernel of this name.
-extern "C" bool emulate(const char* kernel, int x, int y, int z, int threads, int shared, const Call& call) {
+extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, const Call& call) {
   const std::string name = kernel;
   STREAM(true, 16, false) STREAM(true, 16, true) STREAM(true, 4, true) STREAM(false, 24, false)
   ENTRY(arrange<16>) ENTRY(arrange<64>) ENTRY(arrange<128>) ENTRY(arrange<256>)
