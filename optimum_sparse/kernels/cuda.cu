@@ -503,7 +503,7 @@ struct Part {
 };
 
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
-template <bool BF16, int SLOTS, bool OVERFLOW, int GROUPS, int TOKENS>
+template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
 __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
   SHARED(memory);
   constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
@@ -511,10 +511,11 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   constexpr int AHEAD = WORDS == 1 ? 2 : 1;  // steps that a lane has asked for
   constexpr int EXTRA = OVERFLOW ? 4 : 0;    // and overflow, of the step that it is at
   const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 tiles = (address(memory) + BLOCKS - 1) / BLOCKS * BLOCKS;  // so that `|` can add what is inside of blocks
-  const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES;
+  const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES, selectors = empty + 8 * STAGES;
+  if (PAIRS && threadIdx.x < 16) store4(selectors + 4 * threadIdx.x, pair_selectors(threadIdx.x));
   if (threadIdx.x < STAGES) {
     start_barrier(full + 8 * threadIdx.x, EXPANDERS + 1);  // and x
     start_barrier(empty + 8 * threadIdx.x, GROUPS);
@@ -528,6 +529,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   if (warp >= 4 * GROUPS) {
     const int mine = warp - 4 * GROUPS, part = lane % 4;
     typedef Words<SLOTS, false> Word;
+    const u32 minus_one = opaque(-1);  // times this is done by units that have less to do than those that subtract
     // Two walks over the part's steps: one asks for words, the other, some steps behind, expands them.
     Word next[AHEAD][WORDS];
     Part later = now;
@@ -585,8 +587,10 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
           words[i] = next[0][i];
           if constexpr (AHEAD == 2) next[0][i] = next[1][i];
           to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
+          if constexpr (!PAIRS) {
 #pragma unroll
-          for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
+            for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
+          }
           to[i] += 4 * lane;
           if constexpr (OVERFLOW) {  // the list has a row's words in order: the four lanes of a row divide it
             count[i] = max(0, __popc(words[i].bits) - SLOTS);
@@ -598,25 +602,37 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
           }
         }
         load(next[AHEAD - 1]);
-        __syncwarp();
-        // If there is no bit left, only a damaged mask of a matrix without overflow gets a number here, a wrong one.
-        auto put = [&](int i, u32 value) {
-          const int column = highest_bit(words[i].bits);
-          words[i].bits = subtract(words[i].bits, bit(column));
-          if (!OVERFLOW || column >= 0) store2(to[i] | column * 66 & 0x782, value);
-        };
+        if constexpr (PAIRS) {
 #pragma unroll
-        for (int n = SLOTS - 1; n >= 0; n--)
+          for (int group = 0; group < 8; group++)
 #pragma unroll
-          for (int i = 0; i < WORDS; i++) put(i, n % 2 ? words[i].values[n / 2] >> 16 : words[i].values[n / 2]);
-        if constexpr (OVERFLOW) {
+            for (int i = 0; i < WORDS; i++) {
+              const u32 bits = group ? words[i].bits >> (4 * group - 2) : words[i].bits << 2;
+              const u32 how = load4(selectors + (bits & 60)), value = words[i].values[group];
+              store4(to[i] + 2 * BLOCK * group, permute(value, 0, how));
+              store4(to[i] + 2 * BLOCK * group + BLOCK, permute(value, 0, how >> 16));
+            }
+        } else {
+          __syncwarp();
+          // If there is no bit left, only a damaged mask of a matrix without overflow gets a number here, a wrong one.
+          auto put = [&](int i, u32 value) {
+            const int column = highest_bit(words[i].bits);
+            words[i].bits += minus_one * bit(column);
+            if (!OVERFLOW || column >= 0) store2(to[i] | column * 66 & 0x782, value);
+          };
 #pragma unroll
-          for (int k = 0; k < EXTRA; k++)
+          for (int n = SLOTS - 1; n >= 0; n--)
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) put(i, more[i][k]);
+            for (int i = 0; i < WORDS; i++) put(i, n % 2 ? words[i].values[n / 2] >> 16 : words[i].values[n / 2]);
+          if constexpr (OVERFLOW) {
 #pragma unroll
-          for (int i = 0; i < WORDS; i++)
-            for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(last[i] - k));
+            for (int k = 0; k < EXTRA; k++)
+#pragma unroll
+              for (int i = 0; i < WORDS; i++) put(i, more[i][k]);
+#pragma unroll
+            for (int i = 0; i < WORDS; i++)
+              for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(last[i] - k));
+          }
         }
         publish_stores();
         __syncwarp();
@@ -632,10 +648,10 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
         const u32 tile = tiles + stage * (TILE + X);
         wait_barrier(full + 8 * stage, turn);
         begin_products();
+        const u64 a = described(tile + group * 8 * BLOCKS, BLOCK, BLOCKS), b = described(tile + TILE, BLOCK, BLOCKS);
 #pragma unroll
         for (int j = 0; j < SPAN / 16; j++)
-          multiply_tile<BF16, TOKENS>(sum, tile + group * 8 * BLOCKS + 2 * BLOCK * j, tile + TILE + 2 * BLOCK * j,
-                                      BLOCK, BLOCKS);
+          multiply_tile<BF16, TOKENS>(sum, further(a, 2 * BLOCK * j), further(b, 2 * BLOCK * j));
         commit_products();
         wait_products(sum);
         if (thread == 0) arrive(empty + 8 * stage);

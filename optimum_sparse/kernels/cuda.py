@@ -116,11 +116,12 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
 
 def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int) -> Launch:
     """`stream` with these template arguments: 64 * groups rows and `tile` tokens at a time."""
-    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{groups},{tile}>"
+    pairs = str(layout.pairs).lower()
+    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{pairs},{groups},{tile}>"
     rows, stages = 64 * groups, 2 if tile > 128 else 3
     steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // SPAN)
     blocks = max(1, min(steps // 2, processors * (1 if tile > 64 else 2)))
-    return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16), tile, groups)
+    return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16) + 64, tile, groups)
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:

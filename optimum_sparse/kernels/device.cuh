@@ -39,12 +39,10 @@ __device__ __forceinline__ u32 bit(int number) {  // none for -1
   asm("shl.b32 %0, %1, %2;" : "=r"(bit) : "r"(1), "r"(number));
   return bit;
 }
-// a - b on the units that multiply, which have less to do.
-__device__ __forceinline__ u32 subtract(u32 a, u32 b) {
-  u32 difference, minus = -1;
-  asm("" : "+r"(minus));
-  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(difference) : "r"(b), "r"(minus), "r"(a));
-  return difference;
+// The same number, of which the compiler knows nothing.
+__device__ __forceinline__ u32 opaque(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // Four of the eight bytes of b:a, one for each hexadecimal digit of `selector`.
@@ -241,13 +239,16 @@ __device__ __forceinline__ void wait_products(float (&c)[N]) {
   "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119," \
   "%120,%121,%122,%123,%124,%125,%126,%127"
 
-// c [64, TOKENS] += a [64, 16] b [16, TOKENS], a warpgroup together: PTX ISA, wgmma.mma_async. a [row][column] and b
-// [token][column] lie in shared memory in blocks of 8 by 8, 128 bytes each: `across` bytes to the next 8 columns, `down` to
-// the next 8 rows. A lane's c: as of `mma`, for each 8 tokens; warps have 16 rows each.
+// A matrix in shared memory in blocks of 8 rows by 8 columns, 128 bytes each: `across` bytes to the next 8 columns, `down`
+// to the next 8 rows. PTX ISA, matrix descriptor of wgmma.
+__device__ __forceinline__ u64 described(u32 at, int across, int down) {
+  return (u64)(across / 16) << 16 | (u64)(down / 16) << 32 | (at & 0x3ffff) / 16;
+}
+__device__ __forceinline__ u64 further(u64 matrix, int bytes) { return matrix + bytes / 16; }
+// c [64, TOKENS] += a [row][column] [64, 16] b [token][column] [TOKENS, 16], a warpgroup together: PTX ISA,
+// wgmma.mma_async. A lane's c: as of `mma`, for each 8 tokens; warps have 16 rows each.
 template <bool BF16, int TOKENS>
-__device__ __forceinline__ void multiply_tile(float (&c)[TOKENS / 2], u32 at_a, u32 at_b, int across, int down) {
-  const u64 strides = (u64)(across / 16) << 16 | (u64)(down / 16) << 32;
-  const u64 a = strides | (at_a & 0x3ffff) / 16, b = strides | (at_b & 0x3ffff) / 16;
+__device__ __forceinline__ void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64 b) {
 #define PRODUCT(N, COUNT, A, B)                              \
   if constexpr (TOKENS == N) {                               \
     if constexpr (BF16) WGMMA(N, "bf16", R##COUNT, D##COUNT(0), A, B); \

@@ -108,6 +108,7 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
     [
+        (NM(2, 4), torch.bfloat16),
         (NM(16, 32), torch.bfloat16),
         (NM(3, 4), torch.float16),
         (Unstructured(0.5), torch.bfloat16),

@@ -155,7 +155,7 @@ inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
 inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
 inline u32 bit(int number) { return number < 0 ? 0 : 1u << number; }
-inline u32 subtract(u32 a, u32 b) { return a - b; }
+inline u32 opaque(u32 x) { return x; }
 inline int __popc(u32 word) { return __builtin_popcount(word); }
 inline u32 permute(u32 a, u32 b, u32 selector) {
   const u64 bytes = (u64)b << 32 | a;
@@ -343,17 +343,20 @@ inline void wait_products(float (&)[N]) {
   for (auto& product : self().products) product();
   self().products.clear();
 }
+inline u64 described(u32 at, int across, int down) { return (u64)(across / 16) << 16 | (u64)(down / 16) << 32 | at / 16; }
+inline u64 further(u64 matrix, int bytes) { return matrix + bytes / 16; }
 // PTX ISA, wgmma: the accumulator of a lane, and matrices in shared memory without swizzling, both K-major.
 template <bool BF16, int TOKENS>
-inline void multiply_tile(float (&c)[TOKENS / 2], u32 at_a, u32 at_b, int across, int down) {
+inline void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64 b) {
   float* sum = c;
   self().products.push_back([=] {
     const int lane = threadIdx.x % LANES, r = threadIdx.x / LANES % 4 * 16 + lane / 4, q = lane % 4 * 2;
-    auto element = [=](u32 at, int row, int k) {
+    auto element = [](u64 matrix, int row, int k) {
+      const u32 at = (matrix & 0x3fff) * 16, across = (matrix >> 16 & 0x3fff) * 16, down = (matrix >> 32 & 0x3fff) * 16;
       return (double)to_float<BF16>(*(u16*)checked(at + row / 8 * down + row % 8 * 16 + k / 8 * across + k % 8 * 2, 2));
     };
     for (int i = 0; i < TOKENS / 2; i++)
       for (int k = 0; k < 16; k++)
-        sum[i] += element(at_a, r + i % 4 / 2 * 8, k) * element(at_b, i / 4 * 8 + q + i % 2, k);
+        sum[i] += element(a, r + i % 4 / 2 * 8, k) * element(b, i / 4 * 8 + q + i % 2, k);
   });
 }
