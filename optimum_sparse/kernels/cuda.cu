@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   SHARED(memory);
   constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
   constexpr int STAGES = TOKENS > 128 ? 2 : 3, ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
-  constexpr int AHEAD = WORDS == 1 ? 2 : 1;  // steps that a lane has asked for
+  constexpr int AHEAD = WORDS == 1 ? 4 : 2;  // steps that a lane has asked for
   constexpr int EXTRA = OVERFLOW ? 4 : 0;    // and overflow, of the step that it is at
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
@@ -529,117 +529,130 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   if (warp >= 4 * GROUPS) {
     const int mine = warp - 4 * GROUPS, part = lane % 4;
     typedef Words<SLOTS, false> Word;
-    const u32 minus_one = opaque(-1);  // times this is done by units that have less to do than those that subtract
-    // Two walks over the part's steps: one asks for words, the other, some steps behind, expands them.
-    Word next[AHEAD][WORDS];
+    const u32 minus_one = opaque(0xffffffff);  // what it multiplies is subtracted by units that have less to do
+    // Two walks over the part's steps: one asks for words, the other expands them, AHEAD steps behind.
+    Word asked[AHEAD][WORDS];
     Part later = now;
-    int at, steps = 0;          // the word that a lane asks for next, and how often before the tile ends
-    const u32* masks[WORDS];    // of its rows
+    int at, more = 0;         // the word that a lane asks for next, and how often before the tile ends
+    const u32* masks[WORDS];  // of its rows
     const u16* values[WORDS];
-    int ends[WORDS];            // after the row's last word; 0 beyond the last row
-    auto load = [&](Word (&words)[WORDS]) {
-      if (steps == 0) {
-        at = 4 * later.span() + part;
-        steps = later.is_left() ? later.stop - later.at : 1 << 30;
+    int ends[WORDS];  // after a row's last word; 0 beyond the last row
+    auto row = [&](const Part& part, int i) {
+      return part.tile / token_tiles * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4;
+    };
+    auto ask = [&](Word (&words)[WORDS]) INLINE {
+      if (more == 0) {
+        const bool any = later.is_left();
+        at = 4 * later.span() + part, more = any ? later.stop - later.at : 1 << 30;
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
-          const int row = later.tile / token_tiles * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4;
-          masks[i] = w.mask + (i64)row * (w.columns / 32);
-          values[i] = w.values + (i64)row * (w.columns / 32) * SLOTS;
-          ends[i] = later.is_left() && row < w.rows ? w.columns / 32 : 0;
+          const i64 first = (i64)row(later, i) * (w.columns / 32);
+          masks[i] = w.mask + first, values[i] = w.values + first * SLOTS;
+          ends[i] = any && row(later, i) < w.rows ? w.columns / 32 : 0;
         }
         later.leave();
       }
 #pragma unroll
       for (int i = 0; i < WORDS; i++) words[i].load(masks[i] + at, values[i] + SLOTS * at, at < ends[i]);
-      at += 4, steps--;
+      at += 4, more--;
     };
-#pragma unroll
-    for (int j = 0; j < AHEAD; j++) load(next[j]);
-    for (; now.is_left(); now.leave()) {
-      const u32* extra[WORDS];  // overflow of what is next in a row
+    int left = 0;                    // steps of the tile
+    const char* x;                   // of the next step
+    const u32* overflow[WORDS];      // of what is next in a row
+    auto enter = [&]() INLINE {
+      left = now.stop - now.at;
+      x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
       if constexpr (OVERFLOW) {
         const int words = w.columns / 32, step = now.span() / (STEP / 4);
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
-          const int row = now.tile / token_tiles * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4;
           int before = 0;
-          if (row < w.rows) {
-            const u32* mask = w.mask + (i64)row * words;
+          if (row(now, i) < w.rows) {
+            const u32* mask = w.mask + (i64)row(now, i) * words;
             for (int k = step * STEP + part; k < 4 * now.span(); k += 4) before += max(0, __popc(__ldg(mask + k)) - SLOTS);
-            if (part == 0) before += __ldg(w.starts + (i64)row * ((words + STEP - 1) / STEP) + step);
+            if (part == 0) before += __ldg(w.starts + (i64)row(now, i) * ((words + STEP - 1) / STEP) + step);
           }
-          extra[i] = w.overflow + add_up<4>(before);
+          overflow[i] = w.overflow + add_up<4>(before);
         }
       }
-      const char* x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
-      for (int left = now.stop - now.at; left; left--) {
-        const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
-        wait_barrier(empty + 8 * stage, turn ^ 1);
-        if (mine == 0 && lane == 0) copy_many(tile + TILE, x, X, ready);
-        x += X;
-        Word words[WORDS];
-        u32 to[WORDS], more[WORDS][EXTRA + 1];
-        int count[WORDS];
-        const u32* last[WORDS];
+    };
+    auto expand = [&](Word (&words)[WORDS]) INLINE {
+      const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
+      wait_barrier(empty + 8 * stage, turn ^ 1);
+      if (mine == 0 && lane == 0) copy_many(tile + TILE, x, X, ready);
+      x += X;
+      u32 to[WORDS], extra[WORDS][EXTRA + 1];
+      int count[WORDS];
+      const u32* last[WORDS];
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-          words[i] = next[0][i];
-          if constexpr (AHEAD == 2) next[0][i] = next[1][i];
-          to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
-          if constexpr (!PAIRS) {
+      for (int i = 0; i < WORDS; i++) {
+        to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
+        if constexpr (!PAIRS) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
-          }
-          to[i] += 4 * lane;
-          if constexpr (OVERFLOW) {  // the list has a row's words in order: the four lanes of a row divide it
-            count[i] = max(0, __popc(words[i].bits) - SLOTS);
-            const int upto = add_before<4>(count[i]) + count[i];
-            last[i] = extra[i] + upto - 1;
-            extra[i] += from_lane(upto, lane | 3);
-#pragma unroll
-            for (int k = 0; k < EXTRA; k++) more[i][k] = k < count[i] ? __ldg(last[i] - k) : 0;
-          }
+          for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
         }
-        load(next[AHEAD - 1]);
-        if constexpr (PAIRS) {
+        to[i] += 4 * lane;
+        if constexpr (OVERFLOW) {  // the list has a row's words in order: the four lanes of a row divide it
+          count[i] = max(0, __popc(words[i].bits) - SLOTS);
+          const int upto = add_before<4>(count[i]) + count[i];
+          last[i] = overflow[i] + upto - 1;
+          overflow[i] += from_lane(upto, lane | 3);
 #pragma unroll
-          for (int group = 0; group < 8; group++)
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) {
-              const u32 bits = group ? words[i].bits >> (4 * group - 2) : words[i].bits << 2;
-              const u32 how = load4(selectors + (bits & 60)), value = words[i].values[group];
-              store4(to[i] + 2 * BLOCK * group, permute(value, 0, how));
-              store4(to[i] + 2 * BLOCK * group + BLOCK, permute(value, 0, how >> 16));
-            }
-        } else {
-          __syncwarp();
-          // If there is no bit left, only a damaged mask of a matrix without overflow gets a number here, a wrong one.
-          auto put = [&](int i, u32 value) {
-            const int column = highest_bit(words[i].bits);
-            words[i].bits += minus_one * bit(column);
-            if (!OVERFLOW || column >= 0) store2(to[i] | column * 66 & 0x782, value);
-          };
-#pragma unroll
-          for (int n = SLOTS - 1; n >= 0; n--)
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) put(i, n % 2 ? words[i].values[n / 2] >> 16 : words[i].values[n / 2]);
-          if constexpr (OVERFLOW) {
-#pragma unroll
-            for (int k = 0; k < EXTRA; k++)
-#pragma unroll
-              for (int i = 0; i < WORDS; i++) put(i, more[i][k]);
-#pragma unroll
-            for (int i = 0; i < WORDS; i++)
-              for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(last[i] - k));
-          }
+          for (int k = 0; k < EXTRA; k++) extra[i][k] = k < count[i] ? __ldg(last[i] - k) : 0;
         }
-        publish_stores();
+      }
+      if constexpr (PAIRS) {
+#pragma unroll
+        for (int group = 0; group < 8; group++)
+#pragma unroll
+          for (int i = 0; i < WORDS; i++) {
+            const u32 bits = group ? words[i].bits >> (4 * group - 2) : words[i].bits << 2;
+            const u32 how = load4(selectors + (bits & 60)), value = words[i].values[group];
+            store4(to[i] + 2 * BLOCK * group, permute(value, 0, how));
+            store4(to[i] + 2 * BLOCK * group + BLOCK, permute(value, 0, how >> 16));
+          }
+      } else {
         __syncwarp();
-        if (lane == 0) arrive(ready);
-        if (++stage == STAGES) stage = 0, turn ^= 1;
+        // If there is no bit left, only a damaged mask of a matrix without overflow gets a number here, a wrong one.
+        auto put = [&](int i, u32 value) {
+          const int column = highest_bit(words[i].bits);
+          words[i].bits += minus_one * bit(column);
+          if (!OVERFLOW || column >= 0) store2(to[i] | column * 66 & 0x782, value);
+        };
+#pragma unroll
+        for (int n = SLOTS - 1; n >= 0; n--)
+#pragma unroll
+          for (int i = 0; i < WORDS; i++) put(i, n % 2 ? words[i].values[n / 2] >> 16 : words[i].values[n / 2]);
+        if constexpr (OVERFLOW) {
+#pragma unroll
+          for (int k = 0; k < EXTRA; k++)
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) put(i, extra[i][k]);
+#pragma unroll
+          for (int i = 0; i < WORDS; i++)
+            for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(last[i] - k));
+        }
       }
-    }
+      publish_stores();
+      __syncwarp();
+      if (lane == 0) arrive(ready);
+      if (++stage == STAGES) stage = 0, turn ^= 1;
+    };
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) ask(asked[j]);
+    enter();
+    auto go = [&](Word (&words)[WORDS]) INLINE {
+      if (left == 0) {
+        now.leave();
+        if (!now.is_left()) return false;
+        enter();
+      }
+      expand(words);
+      ask(words);
+      left--;
+      return true;
+    };  // words stay in the registers that they were asked for in: to move them would be to wait for them
+    while (go(asked[0]) && go(asked[1]) && (AHEAD == 2 || (go(asked[2 % AHEAD]) && go(asked[3 % AHEAD])))) {}
   } else {
     const int group = warp / 4, thread = threadIdx.x % 128;
     for (; now.is_left(); now.leave()) {

@@ -10,6 +10,8 @@ typedef unsigned long long u64;
 constexpr int LANES = 32;
 constexpr u32 ALL = 0xffffffff;
 
+#define INLINE __attribute__((always_inline))  // of a lambda
+
 #define SHARED(name) extern __shared__ __align__(16) char name[]
 
 // ---- bits and numbers

@@ -42,6 +42,8 @@ struct Index {
 constexpr int LANES = 32;
 constexpr u32 ALL = 0xffffffff;
 
+#define INLINE __attribute__((always_inline))  // of a lambda
+
 // ---- fibers
 
 struct Barrier {
