@@ -461,7 +461,6 @@ __global__ void arrange(const Call call) {
   for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x; i < call.parts;
        i += gridDim.x * gridDim.y * blockDim.x)
     call.flags[i] = 0;
-  let_next_kernel_begin();
   if (span >= spans) return;
   uint4 x[4];
 #pragma unroll
@@ -642,7 +641,6 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) ask(asked[j]);
     enter();
-    if (mine == 0) wait_for_kernel_before();
     auto go = [&](Word (&words)[WORDS]) INLINE {
       if (left == 0) {
         now.leave();
@@ -657,7 +655,6 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
     while (go(asked[0]) && go(asked[1]) && (AHEAD == 2 || (go(asked[2 % AHEAD]) && go(asked[3 % AHEAD])))) {}
   } else {
     const int group = warp / 4, thread = threadIdx.x % 128;
-    wait_for_kernel_before();
     for (; now.is_left(); now.leave()) {
       float sum[TOKENS / 2] = {};
       for (int steps = now.stop - now.at; steps; steps--) {
@@ -673,47 +670,35 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
         if (thread == 0) arrive(empty + 8 * stage);
         if (++stage == STAGES) stage = 0, turn ^= 1;
       }
-      auto piece = [&](int block) {  // the sums that a block leaves
-        return (float4*)call.partial + ((i64)block * GROUPS + group) * (TOKENS / 8 * 128) + thread;
+      auto piece = [&](int block) {  // the sums of another block, or those that this one leaves
+        return call.partial + ((i64)block * GROUPS + group) * (TOKENS / 2 * 128) + thread;
       };
       if (now.stop < (now.tile + 1) * spans) {
-        float4* to = piece(blockIdx.x);
+        float* to = piece(blockIdx.x);
 #pragma unroll
-        for (int i = 0; i < TOKENS / 8; i++)
-          to[i * 128] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+        for (int i = 0; i < TOKENS / 2; i++) to[i * 128] = sum[i];
         raise_flag(call.flags + blockIdx.x * GROUPS + group, group);
-        continue;
-      }
-      int other = blockIdx.x;
-      for (int begin = now.at; begin > now.tile * spans;) {
-        begin = (int)(all * --other / gridDim.x);
-        wait_flag(call.flags + other * GROUPS + group);
-        const float4* from = piece(other);
+      } else {
+        int other = blockIdx.x;
+        for (int begin = now.at; begin > now.tile * spans;) {
+          begin = (int)(all * --other / gridDim.x);
+          wait_flag(call.flags + other * GROUPS + group);
+          const float* from = piece(other);
 #pragma unroll
-        for (int i = 0; i < TOKENS / 8; i++) {
-          const float4 four = load_shared_by_all(from + i * 128);
-          sum[4 * i] += four.x, sum[4 * i + 1] += four.y, sum[4 * i + 2] += four.z, sum[4 * i + 3] += four.w;
+          for (int i = 0; i < TOKENS / 2; i++) sum[i] += load_shared_by_all(from + i * 128);
         }
-      }
-      // Of each 8 rows and 8 tokens a lane has two tokens of a row; it writes two rows of a token.
-      const int rows = now.tile / token_tiles * ROWS + warp * 16, tokens = now.tile % token_tiles * TOKENS + lane / 4;
+        const int first_row = now.tile / token_tiles * ROWS + warp * 16 + lane / 4;
+        const int first_token = now.tile % token_tiles * TOKENS + lane % 4 * 2;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int mine = rows + 8 * half + lane / 4, row = rows + 8 * half + lane % 4 * 2;
-        const float bias = call.bias && mine < w.rows ? to_float<BF16>(call.bias[mine]) : 0.0f;
-        u16* y = call.y + (i64)tokens * w.rows + row;
+        for (int half = 0; half < 2; half++) {
+          const int row = first_row + 8 * half;
+          if (row >= w.rows) break;
+          const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < TOKENS / 8; i++) {
-          const float* both = sum + 4 * i + 2 * half;
-          const u32 pair = transposed(rounded<BF16>(both[0] + bias) | (u32)rounded<BF16>(both[1] + bias) << 16);
-          if (tokens + 8 * i < call.tokens) {
-            if (row + 1 < w.rows && w.rows % 2 == 0) *(u32*)y = pair;
-            else {
-              if (row < w.rows) y[0] = pair;
-              if (row + 1 < w.rows) y[1] = pair >> 16;
-            }
+          for (int i = 0; i < TOKENS / 4; i++) {
+            const int token = first_token + i / 2 * 8 + i % 2;
+            if (token < call.tokens) call.y[(i64)token * w.rows + row] = rounded<BF16>(sum[i / 2 * 4 + 2 * half + i % 2] + bias);
           }
-          y += 8 * (i64)w.rows;
         }
       }
     }

@@ -200,31 +200,16 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
         with torch.cuda.device(device):
             return _run(launch, call, device)
     function = _function(launch.kernel, device)
-    config = _config(launch, torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device).cuda_stream
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
-    result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
+    threads, shared, where = launch.threads, launch.shared, ctypes.addressof(arguments)
+    blocks_and_threads = *launch.grid, 1, threads, 1, 1
+    result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
         _make_current(device)
-        result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
+        result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
     _check(result)
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _config(launch: Launch, stream: int) -> Any:
-    """How a kernel is launched; `stream` before the end of `arrange`, for whose results it waits itself."""
-    driver = _driver()
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
-    config.sharedMemBytes, config.hStream = launch.shared, stream
-    if launch.tile:
-        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        value.programmaticStreamSerializationAllowed = 1
-        attribute.value = value
-        config.attrs, config.numAttrs = [attribute], 1
-    return config
 
 
 def _make_current(device: int) -> None:

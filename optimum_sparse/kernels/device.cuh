@@ -156,12 +156,6 @@ __device__ __forceinline__ int add_before(int x) {  // of the lanes before, of O
 }
 __device__ __forceinline__ int from_lane(int x, int lane) { return __shfl_sync(ALL, x, lane); }
 
-// 8 x 8 numbers of 16 bits, of which each lane has two of row lane / 4: the same of the transposed matrix.
-__device__ __forceinline__ u32 transposed(u32 pair) {
-  u32 result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-  return result;
-}
 // c [16, 8] += a [16, 16] b [16, 8] on tensor cores: PTX ISA, mma.m16n8k16.
 template <bool BF16>
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -203,18 +197,14 @@ __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.asy
 // What this warpgroup, the `number`th of the block, wrote to global memory is there for all who wait for the flag.
 __device__ __forceinline__ void raise_flag(int* flag, int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
-  if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+  if (threadIdx.x % 128 == 0) asm volatile("fence.acq_rel.gpu; st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 __device__ __forceinline__ void wait_flag(const int* flag) {
   int raised;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
   while (!raised);
 }
-__device__ __forceinline__ float4 load_shared_by_all(const float4* p) { return __ldcg(p); }  // past L1
-
-// A kernel may begin before the one that it is launched after has ended, if that allows it; then it waits for its results.
-__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ float load_shared_by_all(const float* p) { return __ldcg(p); }  // past L1
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -34,10 +34,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Index {
   int x, y;
@@ -277,12 +273,6 @@ inline int add_before(int x) {
   return sum;
 }
 inline int from_lane(int x, int lane) { return (int)exchange(x)[lane][0]; }
-inline u32 transposed(u32 pair) {
-  auto lanes = exchange(pair);
-  const int row = threadIdx.x % LANES / 4, column = threadIdx.x % 4 * 2;
-  auto element = [&](int r, int c) { return (u32)(lanes[4 * r + c / 2][0] >> 16 * (c % 2)) & 0xffff; };
-  return element(column, row) | element(column + 1, row) << 16;
-}
 // PTX ISA, mma.m16n8k16: a0, a1 hold rows r, r + 8 at k = 2q, 2q + 1, a2, a3 the same at k + 8; b0, b1 column r at these.
 template <bool BF16>
 inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -347,9 +337,7 @@ inline void raise_flag(int* flag, int number) {
 inline void wait_flag(const int* flag) {
   if (*flag != 1) fail("waits for a flag that an earlier block did not raise");
 }
-inline float4 load_shared_by_all(const float4* p) { return load_once(p); }
-inline void let_next_kernel_begin() {}
-inline void wait_for_kernel_before() {}
+inline float load_shared_by_all(const float* p) { return load_once(p); }
 inline void begin_products() {}
 inline void commit_products() {}
 template <int N>
