@@ -556,23 +556,26 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       for (int i = 0; i < WORDS; i++) words[i].load(masks[i] + at, values[i] + SLOTS * at, at < ends[i]);
       at += 4, more--;
     };
-    int left = 0;                    // steps of the tile
-    const char* x;                   // of the next step
-    const u32* overflow[WORDS];      // of what is next in a row
+    int left = 0;                          // steps of the tile
+    const char* x;                         // of the next step
+    int overflow[WORDS], no_more[WORDS];  // of what is next in a row, and after the row
     auto enter = [&]() INLINE {
       left = now.stop - now.at;
       x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
       if constexpr (OVERFLOW) {
-        const int words = w.columns / 32, step = now.span() / (STEP / 4);
+        const int words = w.columns / 32, steps = (words + STEP - 1) / STEP, step = now.span() / (STEP / 4);
 #pragma unroll
         for (int i = 0; i < WORDS; i++) {
           int before = 0;
+          no_more[i] = 0;
           if (row(now, i) < w.rows) {
             const u32* mask = w.mask + (i64)row(now, i) * words;
+            const int* starts = w.starts + (i64)row(now, i) * steps;
             for (int k = step * STEP + part; k < 4 * now.span(); k += 4) before += max(0, __popc(__ldg(mask + k)) - SLOTS);
-            if (part == 0) before += __ldg(w.starts + (i64)row(now, i) * ((words + STEP - 1) / STEP) + step);
+            if (part == 0) before += __ldg(starts + step);
+            no_more[i] = __ldg(starts + steps);
           }
-          overflow[i] = w.overflow + add_up<4>(before);
+          overflow[i] = add_up<4>(before);
         }
       }
     };
@@ -582,8 +585,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       if (mine == 0 && lane == 0) copy_many(tile + TILE, x, X, ready);
       x += X;
       u32 to[WORDS], extra[WORDS][EXTRA + 1];
-      int count[WORDS];
-      const u32* last[WORDS];
+      int count[WORDS], last[WORDS];
 #pragma unroll
       for (int i = 0; i < WORDS; i++) {
         to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
@@ -597,8 +599,9 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
           const int upto = add_before<4>(count[i]) + count[i];
           last[i] = overflow[i] + upto - 1;
           overflow[i] += from_lane(upto, lane | 3);
+          if (last[i] >= no_more[i]) count[i] = 0;  // a damaged mask
 #pragma unroll
-          for (int k = 0; k < EXTRA; k++) extra[i][k] = k < count[i] ? __ldg(last[i] - k) : 0;
+          for (int k = 0; k < EXTRA; k++) extra[i][k] = k < count[i] ? __ldg(w.overflow + last[i] - k) : 0;
         }
       }
       if constexpr (PAIRS) {
@@ -630,7 +633,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
             for (int i = 0; i < WORDS; i++) put(i, extra[i][k]);
 #pragma unroll
           for (int i = 0; i < WORDS; i++)
-            for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(last[i] - k));
+            for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(w.overflow + last[i] - k));
         }
       }
       publish_stores();

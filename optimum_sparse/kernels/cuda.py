@@ -17,9 +17,8 @@ logger = logging.getLogger(__name__)
 TYPES = {torch.bfloat16: "true", torch.float16: "false"}
 CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
 HOPPER = (9, 0)
-MOST_TOKENS = 64
 TILE_ROW, STRIP_ROW, X_ROW = 2048 + 16, 72 * 32, 256 + 64  # bytes, as in cuda.cu
-SPAN = 128  # columns, as in cuda.cu
+SPAN, TILES = 128, (16, 32, 64, 128, 256)  # columns, and tokens, of `stream`
 
 
 class Launch(NamedTuple):
@@ -93,16 +92,22 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
     rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
-    if not 0 < tokens <= MOST_TOKENS:
-        return None
-    if tokens <= 2 or (layout.overflow and tokens <= 4):  # as measured: tests/benchmarks/launches.py
+    # From here on as measured on an H100: tests/benchmarks/launches.py. `stream` begins slowly: not for small weights.
+    large, hopper = rows * layout.in_features >= 2**25, _is_hopper(device)
+    most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
+    if not 0 < tokens <= most:
+        return None  # to expand the weight is faster
+    if tokens <= 2 or (layout.overflow and tokens <= 4):
         staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
         warps = min(16, -(-rows // (2 * processors)))
         shared = 33 * 4 * words * (2 if staged == 4 else 1)
         if shared <= most_shared:
             blocks = min(-(-rows // warps), 2 * processors)
             return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
-    row_tiles = 1 if layout.overflow and tokens <= 16 else 2
+    if hopper and tokens > (8 if large else 32):
+        tile = next(tile for tile in TILES if tokens <= tile or tile == TILES[-1])
+        return stream(layout, tokens, 1 if tile <= 64 else 2, tile, processors)
+    row_tiles = 1 if tokens <= (16 if layout.overflow else 0 if layout.pairs else 8) else 2
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     staged, sums = 64 * token_tiles * X_ROW, 1024 * row_tiles * token_tiles * 4
     if layout.pairs:
@@ -239,6 +244,11 @@ def _limits(device: int) -> tuple[int, int]:
 
 
 @functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == HOPPER
+
+
+@functools.cache
 def _function(kernel: str, device: int) -> Any:
     """The kernel as a CUfunction of a device, allowed all shared memory that there is."""
     driver = _driver()
@@ -263,7 +273,7 @@ def _compile(kernel: str, major: int, minor: int) -> tuple[bytes, bytes]:
     program = _check(nvrtc.nvrtcCreateProgram(source, b"cuda.cu", 1, [header], [b"device.cuh"]))
     try:
         _check(nvrtc.nvrtcAddNameExpression(program, kernel.encode()))
-        hopper = "a" if (major, minor) == HOPPER else ""  # with instructions that are Hopper's alone
+        hopper = "a" if (major, minor) == HOPPER else ""  # with the instructions that are Hopper's alone
         options = [f"--gpu-architecture=sm_{major}{minor}{hopper}".encode(), b"--std=c++17"]
         try:
             _check(nvrtc.nvrtcCompileProgram(program, len(options), options))

@@ -27,7 +27,7 @@ from .cuda import aligned
 
 logger = logging.getLogger(__name__)
 
-TYPES = {torch.bfloat16: 14, torch.float16: 2}  # cudaDataType
+TYPES = {torch.bfloat16: 14}  # cudaDataType
 SIZES, LEAST = 64, 128  # outputs and inputs must be multiples of the one, tokens are made so: see `usable`
 OLDEST = 800  # the one whose header the numbers below are from
 OPAQUE = 2**14  # bytes: all of the library's structures have less, in all of its versions so far
@@ -78,14 +78,14 @@ def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) ->
     return y if bias is None else y.add_(bias)
 
 
-def usable(device: int, out_features: int, in_features: int) -> bool:
-    """Whether cuSPARSELt takes a weight of this size.
+def usable(device: int, dtype: torch.dtype, out_features: int, in_features: int) -> bool:
+    """Whether cuSPARSELt takes a weight of this dtype and size.
 
-    It claims to take multiples of 16, and of 8 tokens; at 64 x 320 and 104 tokens one of its algorithms (0.8, H100)
-    ended in an illegal instruction, which no program survives.
+    It claims to take fp16 too; there (0.8, H100) one of its algorithms ends in an illegal instruction, whatever the
+    size, which no program survives. It claims to take multiples of 16, and of 8 tokens, of which fewer were tried.
     """
     fits = out_features % SIZES == 0 and in_features % SIZES == 0 and min(out_features, in_features) >= LEAST
-    return fits and unavailable(device) is None
+    return dtype in TYPES and fits and unavailable(device) is None
 
 
 def _multiply(algorithm: int, shape: tuple[int, int, int], packed: Tensor, x: Tensor, y: Tensor) -> None:

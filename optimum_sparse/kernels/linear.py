@@ -22,7 +22,7 @@ from ..formats import bitmask, slots
 from . import cpu, cuda, cusparselt
 
 
-PAIRS_TOKENS = 32  # 2:4 on CUDA: beyond, sparse tensor cores
+PAIRS_TOKENS = 64  # 2:4 on CUDA: beyond, sparse tensor cores
 CPU_TOKENS = 8  # up to here reading less memory wins, beyond it dense products do
 SLAB = 2**20  # weights that are expanded at a time on the CPU: they stay in its cache
 
@@ -45,7 +45,7 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tu
         if problem:
             return Choice("reference", problem)
         pairs = _are_pairs(pattern, even)
-        if tokens > PAIRS_TOKENS and pairs and cusparselt.usable(_index(device), out_features, in_features):
+        if tokens > PAIRS_TOKENS and pairs and cusparselt.usable(_index(device), dtype, *shape):
             return Choice("cusparselt", f"2:4 and more than {PAIRS_TOKENS} tokens: sparse tensor cores")
         layout = cuda.Layout(dtype, out_features, in_features, even or 16, pairs, not even)
         launch = cuda.plan(layout, tokens, _index(device))
@@ -71,14 +71,14 @@ def _select_cpu(dtype: torch.dtype, tokens: int) -> Choice:
 
 def wanted_layout(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
     """How the kernels of a device want a weight (out, in): in "slots", for "cusparselt", or None: as on disk."""
-    out_features, in_features = shape
+    in_features = shape[1]
     if device.type != "cuda" or cuda.refuses(device, dtype, in_features):
         return None
     even = slots.even_slots(pattern, in_features)
     if not even:
         return "slots" if in_features <= slots.MOST_COLUMNS else None
     pairs = _are_pairs(pattern, even)
-    return "cusparselt" if pairs and cusparselt.usable(_index(device), out_features, in_features) else None
+    return "cusparselt" if pairs and cusparselt.usable(_index(device), dtype, *shape) else None
 
 
 def _index(device: torch.device) -> int:

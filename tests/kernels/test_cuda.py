@@ -47,6 +47,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[
 
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
+    monkeypatch.setattr(cuda, "_is_hopper", lambda device: False)
     cuda.plan.cache_clear()
     yield seen
     cuda.plan.cache_clear()
@@ -125,6 +126,22 @@ def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, processors: int
             check(weight, matrix, tokens, random_weight(1, shape[0])[0].to(dtype), launch)
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
+    weight = sparse((70, 96), pattern, torch.bfloat16)
+    matrix = compress(weight, pattern)
+    for tokens in (32, 33, 100):
+        launch = cuda.plan(matrix.layout, tokens, 0)
+        assert launch is not None
+        assert (launch.tile >= tokens) == (tokens > 32) == launch.kernel.startswith("stream<")
+        check(weight, matrix, tokens, None)
+    large = matrix.layout._replace(rows=2**14, in_features=2**12)
+    names = [getattr(cuda.plan(large, tokens, 0), "kernel", "").split("<")[0] for tokens in (8, 9, 65, 128, 512, 513)]
+    assert names[0].startswith("multiply")
+    assert names[1:] == [*["stream"] * 3, "" if matrix.layout.overflow else "stream", ""]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_expand_is_exact(pattern: Pattern, dtype: torch.dtype):
@@ -162,20 +179,20 @@ def test_tensors_at_odd_addresses():
 def test_a_damaged_mask_touches_no_foreign_memory(pattern: Pattern):
     """The emulator ends the process at an access beyond shared memory."""
     matrix = compress(sparse((20, 1248), pattern, torch.bfloat16), pattern)
-    for damage in (0, 255):
-        damaged = matrix._replace(mask=torch.full_like(matrix.mask, damage))
+
+    def run_all(damaged: cuda.Matrix) -> None:
         cuda.expand(damaged)
-        for tokens in (1, 4, 8, 16, 20):
-            launch = cuda.plan(damaged.layout, tokens, 0)
+        launches = [cuda.plan(damaged.layout, tokens, 0) for tokens in (1, 4, 8, 16, 20)]
+        for tokens, launch in zip(
+            (1, 4, 8, 16, 20, 16), [*launches, cuda.stream(damaged.layout, 16, 1, 16, 3)], strict=True
+        ):
             assert launch is not None
             cuda.linear(launch, torch.ones(tokens, 1248).bfloat16(), damaged, None)
+
+    for damage in (0, 255):
+        run_all(matrix._replace(mask=torch.full_like(matrix.mask, damage)))
     if matrix.overflow is not None:
-        wrong = matrix._replace(overflow=torch.full_like(matrix.overflow, -1))  # column 65,535
-        cuda.expand(wrong)
-        for tokens in (1, 8):
-            launch = cuda.plan(wrong.layout, tokens, 0)
-            assert launch is not None
-            cuda.linear(launch, torch.ones(tokens, 1248).bfloat16(), wrong, None)
+        run_all(matrix._replace(overflow=torch.full_like(matrix.overflow, -1)))  # column 65,535
 
 
 def test_the_call_is_laid_out_as_in_c():

@@ -8,7 +8,7 @@
   if (name == #__VA_ARGS__) return launch(x, y, threads, shared, [&] { __VA_ARGS__(call); }), true;
 #define PER_SLOTS(BF16, SLOTS, OVERFLOW, ROW_TILES)                                           \
   ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                   \
-  ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,1>)       \
+  ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,1,1>)               \
   ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,2>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,2,4>)   \
   ENTRY(expand<SLOTS,OVERFLOW>)
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
