@@ -264,7 +264,7 @@ EVERY_ALGORITHM = """
     "shape", [(128, 320, 128), (128, 128, 64), (192, 576, 64), (1088, 4160, 192), (128, 11008, 64), (4096, 4096, 320)]
 )
 def test_no_algorithm_of_cusparselt_fails_at_sizes_that_are_let_through(shape):
-    """In a process of its own: an illegal instruction ends it, as it does in fp16. Algorithms are timed, so all run."""
+    """In a process of its own: an illegal instruction would end it, as in fp16. All are timed, so all of them run."""
     assert cusparselt.usable(0, torch.bfloat16, *shape[:2])
     assert not cusparselt.usable(0, torch.float16, *shape[:2])
     code = [sys.executable, "-c", textwrap.dedent(EVERY_ALGORITHM), *map(str, shape), "bfloat16"]

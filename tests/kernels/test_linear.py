@@ -258,7 +258,7 @@ def test_double_backward():
         x = torch.linspace(-1, 1, 80).view(2, 40).requires_grad_()
         (first,) = torch.autograd.grad(call(x).pow(3).sum(), x, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), x)[0])
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, rtol=3e-5, atol=1e-5)  # sums in another order, cubed, on whatever CPU
 
 
 def test_a_weight_of_another_shape_than_its_mask_is_named():
