@@ -9,6 +9,8 @@
 //   multiply        more tokens. The values are written to their columns in a tile of shared memory that is then dense,
 //                   and tensor cores multiply.
 //   multiply_pairs  2:4, more tokens. Two values in four columns have six arrangements: byte permutes from a table.
+//   stream          more tokens yet, on Hopper: some warps fill tiles, others multiply them, and all steps of the whole
+//                   product are shared out evenly.
 //   expand          writes the dense W.
 //
 // The layout is that of formats/slots.py: SLOTS values per word, the last ones of the word, after zeros if it has
@@ -481,7 +483,8 @@ __global__ void arrange(const Call call) {
 
 // The work of a block: all spans of all tiles of y, one tile after the other, are cut into as many parts as there are
 // blocks. A block takes the tiles of its part from the last to the first. So the last, of which it may have only a first
-// piece, is done first, and who has the end of a tile finds the pieces that others have.
+// piece, is done first, and who has the end of a tile finds the pieces that others have. Those are of blocks before it,
+// which the GPU has begun before: no block waits for one that waits for room.
 struct Part {
   int spans, from, tile, at, stop;  // in spans; `at` and `stop` in the tile's piece
 
