@@ -40,6 +40,17 @@ class Plan:
         """By the module's name in the model at hand."""
         return {linear.name: linear for block in self.blocks for linear in block.linears}
 
+    @property
+    def dense_experts(self) -> dict[str, nn.Linear]:
+        """The linears of `experts` that are not to be pruned, by name."""
+        pruned = self.linears
+        return {
+            f"{name}.{local}": linear
+            for name, experts in self.experts.items()
+            for local, linear, _ in linears_of(experts)
+            if f"{name}.{local}" not in pruned
+        }
+
     @contextlib.contextmanager
     def onload(self, block: nn.Module) -> Iterator[None]:
         """`placement.onload`, and inside the fused experts of the block are taken apart."""
@@ -143,7 +154,7 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
                 experts = Experts(child)
                 left = [
                     LayerReport(f"{name}.{local}", _shape(linear), skipped=reason)
-                    for local, linear, expert in _linears_of(experts)
+                    for local, linear, expert in linears_of(experts)
                     if (reason := choose(block, f"{name}.{local}", linear, expert)) is not None
                 ]
                 if len(left) < len(experts.matrices) * len(experts.members):
@@ -175,9 +186,9 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
         )
     if strict and unknown:
         raise ValueError(
-            f"{len(unknown)} modules hold large matrices of an unknown kind (fused experts that transformers does not "
-            f"mark as such, mostly), which cannot be pruned: {_some(unknown)}. To prune the rest and leave them dense, "
-            f"name them: SparsityConfig(ignore=[{unknown[0].rpartition('.')[2]!r}])."
+            f"{len(unknown)} modules hold fused experts of a kind that cannot be taken apart: {_some(unknown)}. To "
+            "prune the rest and leave them dense, name them: "
+            f"SparsityConfig(ignore=[{unknown[0].rpartition('.')[2]!r}])."
         )
     if strict and not any(block.linears for block in blocks):
         raise ValueError("nothing to prune: targets, ignore and layers leave every linear of every block dense.")
@@ -213,7 +224,7 @@ def module_names(model: nn.Module) -> Iterator[str]:
                 yield from (f"{name}.{number}.{matrix}" for matrix in matrix_names(module))
 
 
-def _linears_of(experts: Experts) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def linears_of(experts: Experts) -> Iterator[tuple[str, Any, nn.Module]]:
     """(name in it, linear, expert)."""
     for number, expert in enumerate(experts.members):
         for matrix in experts.matrices:

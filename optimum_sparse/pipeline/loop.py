@@ -159,7 +159,9 @@ def _prune_block(
                         index,
                         calls,
                         method.needs,
-                        dense=(dense, dense_hidden) if objective.needs_dense_path and dense_hidden is not None else None,
+                        dense=(dense, dense_hidden)
+                        if objective.needs_dense_path and dense_hidden is not None
+                        else None,
                         sensitivity=objective.sensitivity,
                     )
                 while groups:  # what was solved is given up
