@@ -22,8 +22,8 @@ class LayerReport:
         note: what the method says of it: that ROSE reordered its columns, say.
         block_error: of the whole block, before and after reconstruction: mean |output - target|^2 relative to the mean
             change that the dense block makes, tokens weighed. `error` is from before it.
-        routed: of a matrix of an expert: how many calibration tokens its router gave it. If these are fewer than it has
-            inputs, it was solved with all tokens of its layer.
+        routed: of a matrix of a fused expert: how many calibration tokens the router gave it. If these are fewer than
+            it has inputs, it was solved with all tokens of its layer.
         skipped: why it stayed dense.
     """
 

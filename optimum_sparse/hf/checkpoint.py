@@ -218,10 +218,13 @@ def check_stored(stored: dict[str, dict[str, Header]], plan: Plan) -> None:
     """
     problems = []
     linears = plan.linears
-    wanted = {name: (bitmask.layout(part.shape, part.pattern), str(part.pattern)) for name, part in linears.items()}
-    for name, part in plan.dense_experts.items():
-        wanted[name] = {"weight": (tuple(part.weight.shape), None)}, "dense"
-    for name, (layout, pattern) in wanted.items():
+    wanted = {
+        name: (bitmask.layout(part.shape, part.pattern), f"{part.pattern} matrix {list(part.shape)}")
+        for name, part in linears.items()
+    }
+    for name, dense in plan.dense_experts.items():
+        wanted[name] = {"weight": (tuple(dense.weight.shape), None)}, "dense matrix"
+    for name, (layout, what) in wanted.items():
         found = stored.get(name, {})
         missing, extra = sorted(set(layout) - set(found)), sorted(set(found) - set(layout))
         if missing or extra:
@@ -229,9 +232,7 @@ def check_stored(stored: dict[str, dict[str, Header]], plan: Plan) -> None:
         for key in sorted(set(layout) & set(found)):
             (shape, dtype), header = layout[key], found[key]
             if header.shape != shape:
-                problems.append(
-                    f"{name}.{key} has shape {list(header.shape)}, that of a {pattern} matrix here has {list(shape)}"
-                )
+                problems.append(f"{name}.{key} has shape {list(header.shape)}, a {what} has {list(shape)}")
             elif header.dtype not in _DTYPES[dtype]:
                 problems.append(f"{name}.{key} has dtype {header.dtype}, must be {' or '.join(_DTYPES[dtype])}")
     for name, found in stored.items():

@@ -18,7 +18,6 @@ from ..config import SparsityConfig
 from ..core import Needs
 from ..formats import FORMATS, bitmask
 from ..nn import Experts, SparseLinear
-from ..pipeline import Linear
 from ..report import PruningReport
 from .blocks import Plan, linears_of, make_plan
 from .checkpoint import check_stored, read_headers, read_report, stored_matrices
@@ -167,22 +166,29 @@ class SparsityQuantizer(HfQuantizer):
         if _would_be_merged(model, plan):
             model._weight_conversions = []
         state = _stored_state(model)
+
+        def put(name: str, weight: Tensor) -> None:
+            """A matrix [out, in], compressed if it was pruned."""
+            tensors = {"weight": weight.clone(memory_format=torch.contiguous_format)}
+            if name in linears:
+                try:
+                    tensors = codec.encode(weight, linears[name].pattern)
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}") from error
+            state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
+
+        for name, linear in linears.items():
+            if linear.expert is None:
+                weight = state.pop(f"{name}.weight")
+                weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
+                put(name, weight.T if linear.transposed else weight)
         for name, experts in plan.experts.items():
             for key in experts.matrices:
-                whole = state[f"{name}.{key}"]
-                whole = offloaded_weight(experts.fused, key) if whole.is_meta else whole
-                state[f"{name}.{key}"] = getattr(experts, key)
-                for number, part in enumerate(whole):
-                    dense = part.T.contiguous() if experts.fused.is_transposed else part.clone()
-                    state[f"{name}.{number}.{key}.weight"] = dense
-        for name, linear in linears.items():
-            weight = state.pop(f"{name}.weight")
-            weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
-            try:
-                tensors = codec.encode(weight.T if linear.transposed else weight, linear.pattern)
-            except ValueError as error:
-                raise ValueError(f"{name} {error}") from error
-            state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
+                weight = state[f"{name}.{key}"]
+                weight = offloaded_weight(experts.fused, key) if weight.is_meta else weight
+                state[f"{name}.{key}"] = experts.get_buffer(key)
+                for number, part in enumerate(weight):
+                    put(f"{name}.{number}.{key}", part.T if experts.fused.is_transposed else part)
         if not hasattr(model, "hf_device_map"):  # transformers brings back only what it offloaded itself
             for name, tensor in state.items():
                 if tensor.is_meta:

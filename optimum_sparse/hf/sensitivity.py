@@ -136,9 +136,7 @@ def _parts(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.devic
         yield {name: part.to(device) for name, part in zip(names, parts, strict=True)}
 
 
-def _recomputed(
-    blocks: list[Block], onload: Callable[[nn.Module], AbstractContextManager]
-) -> Callable[[int], Callable]:
+def _recomputed(blocks: list[Block], onload: Callable) -> Callable[[int], Callable]:
     """Forward passes that keep nothing for the backward pass but their inputs."""
     forwards = [block.module.forward for block in blocks]
 

@@ -148,6 +148,7 @@ def _prune_block(
     elif block.linears:
         with fast_forward(calls.hidden[0]):
             layout = find_layout(block, index, calls)
+        path = (dense, dense_hidden) if objective.needs_dense_path and dense_hidden is not None else None
         for stage in layout.stages() if objective.staged else [layout.groups]:
             before = [linear.weight.data for linear in block.linears]
             for groups in _parts(stage, method.needs):
@@ -159,9 +160,7 @@ def _prune_block(
                         index,
                         calls,
                         method.needs,
-                        dense=(dense, dense_hidden)
-                        if objective.needs_dense_path and dense_hidden is not None
-                        else None,
+                        dense=path,
                         sensitivity=objective.sensitivity,
                     )
                 while groups:  # what was solved is given up

@@ -229,8 +229,8 @@ def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | No
 def _fitting(
     weight: Tensor, x: Tensor, calls: Calls, batch: int, name: str, which: Tensor | None = None
 ) -> Tensor | None:
-    """The weights of the real tokens x; None if these are other tokens (of an expert of the model's own), or of several
-    calls."""
+    """The weights of the real tokens x, which are `which` of the batch. If that is not known: None for other tokens (a
+    router's choice) or those of several calls."""
     if which is not None:
         return calls.real_tokens(weight[which.to(weight.device)][:, None], batch, name, which)[:, 0].to(x.device)
     mask = calls.keep[batch] if calls.keep else None
