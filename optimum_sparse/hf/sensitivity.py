@@ -142,7 +142,8 @@ def _recomputed(blocks: list[Block], onload: Callable) -> Callable[[int], Callab
 
     def make(index: int) -> Callable:
         def onloaded(*args: Any, **kwargs: Any) -> Any:
-            with onload(blocks[index].module):
+            # The second pass needs the first one's arithmetic, to the bit: a router may choose by the last of them.
+            with onload(blocks[index].module), fast_forward(args[0] if args else kwargs["hidden_states"]):
                 return forwards[index](*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
