@@ -110,19 +110,25 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden] from [tokens, hidden], and the experts of each token [tokens, k] and their weights."""
-        members, choices, weights = self.members, top_k_index.flatten(), top_k_weights.flatten()
-        by_expert = choices.argsort(stable=True).split(torch.bincount(choices, minlength=len(members)).tolist())
-        every = torch.arange(len(hidden_states), device=hidden_states.device)
-        output = torch.zeros_like(hidden_states)
-        for number, (expert, chosen) in enumerate(zip(members, by_expert, strict=True)):
-            tokens = chosen // top_k_index.shape[-1]
-            expert.tokens = every if expert.sees_all else tokens
-            if len(expert.tokens):
-                y = self._call(number, expert, hidden_states[expert.tokens])
-                y = y[tokens] if expert.sees_all else y
-                output.index_add_(0, tokens, (y * weights[chosen, None]).to(output.dtype))
+        choices, members = top_k_index.flatten(), self.members
+        by_expert = choices.argsort(stable=True)
+        tokens = by_expert // top_k_index.shape[-1]
+        counts = torch.bincount(choices, minlength=len(members)).tolist()
+        outputs = []
+        for number, (expert, mine, x) in enumerate(
+            zip(members, tokens.split(counts), hidden_states[tokens].split(counts), strict=True)
+        ):
+            if expert.sees_all:
+                expert.tokens = torch.arange(len(hidden_states), device=mine.device)
+                outputs.append(self._call(number, expert, hidden_states)[mine])
+            elif len(x):
+                expert.tokens = mine
+                outputs.append(self._call(number, expert, x))
             expert.tokens = None
-        return output
+        # Back in the order of the tokens and summed over their experts: not added up in place, which CUDA does in any
+        # order.
+        output = (torch.cat(outputs) * top_k_weights.flatten()[by_expert, None])[by_expert.argsort()]
+        return output.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 
     def _call(self, number: int, expert: Expert, x: Tensor) -> Tensor:
         for matrix in self.matrices:
