@@ -4,7 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Plan:
 
     blocks: list[Block]
     skipped: list[LayerReport]
-    experts: dict[str, Experts]
+    experts: dict[str, Experts] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, Linear]:

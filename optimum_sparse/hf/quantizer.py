@@ -40,7 +40,7 @@ class SparsityQuantizer(HfQuantizer):
         self._skeleton: PreTrainedModel | None = None  # what is being loaded
         self._files: list[str] = []
         self._tokenizer: Any = None
-        self._plan = Plan([], [], {})  # of what is being loaded
+        self._plan = Plan([], [])  # of what is being loaded
         self._decompress = Decompress(self._plan)
 
     @classmethod
@@ -127,7 +127,7 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError("; ".join(self._decompress.problems[:4]))
         # Saving compresses the state dict itself: our converter must not be reversed on top of that.
         model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
-        self._skeleton, self._plan = None, Plan([], [], {})
+        self._skeleton, self._plan = None, Plan([], [])
         self._decompress = Decompress(self._plan)
         self._mark(model)
 

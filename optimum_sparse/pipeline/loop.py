@@ -37,7 +37,7 @@ class Objective:
         staged: collect statistics again after each group of linears with the same input (q, k, v | o | gate, up |
             down), so that each is fitted to what the pruned ones before it give ("true sequential").
         input_shift: in [0, 1]; how far to move the target from the dense weights' output on the pruned path towards
-            their output on the dense path.
+            their output on the dense path. Of an expert, only for tokens that both paths route to it.
         residual_shift: in [0, 1]; likewise how much a linear whose output is added to the residual stream is to
             repair of what that has lost so far.
         damping: of the least squares problems that these shifts are, relative to the mean of the diagonal.

@@ -30,7 +30,7 @@ from optimum_sparse.hf.blocks import make_plan, record_calls
 from optimum_sparse.hf.checkpoint import export_dense, inspect
 from optimum_sparse.methods import SparseGPT, Wanda
 from optimum_sparse.nn import Experts, SparseLinear
-from optimum_sparse.pipeline import loop
+from optimum_sparse.pipeline import Sensitivity, loop
 from optimum_sparse.pipeline.observe import Evidence, collect, find_layout
 from optimum_sparse.report import PruningReport
 
@@ -236,6 +236,32 @@ def test_shifts_towards_the_dense_path_are_those_of_tokens_that_both_paths_route
     assert different > 10
 
 
+def test_tokens_of_an_expert_weigh_what_is_felt_of_them_at_the_output_of_the_block():
+    model = make_model("qwen3_moe")
+    batch = {"input_ids": token_ids(32)}
+    plan = make_plan(model, make_config(targets=["experts"]))
+    calls = record_calls(model, [block.module for block in plan.blocks], [batch])
+    block, seen = plan.blocks[0], []
+    felt = torch.randn(32 * TOKENS, generator=torch.Generator().manual_seed(0)).exp()
+    with torch.no_grad(), plan.onload(block.module):
+        layout = find_layout(block, 0, calls)
+        handle = block.module.mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+        sensitivity = Sensitivity({block.name: [felt]}, {})
+        evidence = collect(layout.groups, layout, block, 0, calls, Needs.GRAM, sensitivity=sensitivity)
+        handle.remove()
+    hidden, chosen, _ = seen[0]
+    compared = 0
+    for group, found in zip(layout.groups, evidence, strict=True):
+        _, expert, matrix = group[0].name.rsplit(".", 2)
+        if matrix == "gate_up_proj" and found.routed >= 32:
+            mine = (chosen == int(expert)).any(1)
+            x, weight = hidden[mine].double(), felt[mine].double().sqrt()
+            wanted = (x.T * weight) @ x / weight.sum()
+            torch.testing.assert_close(found.stats.gram.double(), wanted, rtol=1e-4, atol=1e-5)
+            compared += 1
+    assert compared >= 3
+
+
 @pytest.mark.parametrize("staged", [False, True])
 def test_statistics_of_some_experts_at_a_time_change_nothing(staged: bool, monkeypatch):
     config = dict(method="sparsegpt", staged=staged, input_shift=0.5, residual_shift=0.5)
@@ -271,8 +297,8 @@ def test_an_expert_without_tokens_sees_all_of_its_layer_and_is_named(architectur
     few = [layer.name for layer in report.layers if layer.too_few_routed]
     assert {f"model.layers.{layer}.mlp.experts.3.{matrix}" for layer in range(2) for matrix in MATRICES} <= {*few}
     assert not any(".experts.0." in name for name in few)
-    (line,) = [line for line in str(report).splitlines() if line.startswith("fewer tokens routed to it than inputs")]
-    assert f"all tokens used: {', '.join(few[:3])}" in line
+    (line,) = [line for line in str(report).splitlines() if line.startswith("fewer routed tokens than inputs")]
+    assert f"all tokens of the layer were used: {', '.join(few[:3])}" in line
     assert not [layer for layer in report.skipped if "experts" in layer.name]
     for layer in range(2):
         for matrix in MATRICES:
