@@ -192,7 +192,7 @@ def _seeing_all(groups: list[list[Linear]]) -> Iterator[None]:
 def _change(pruned: tuple, dense: list[tuple] | None) -> Tensor:
     """x_d - x of the tokens of one call, fp32; 0 for tokens that the dense path's router gives to other experts."""
     x, _, which = pruned
-    if dense is None:
+    if dense is None:  # to others all of them
         return torch.zeros_like(x, dtype=torch.float32)
     x_d, _, which_d = dense[0]
     if which is None:
