@@ -273,6 +273,10 @@ def _by_error(
     if sensitivity is not None:  # rows came scaled to a mean of 1 within each matrix
         scale = {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
         losses = {name: [loss * scale.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
+    else:  # a mean over an expert's own tokens is to become one over all, as those are
+        tokens = sum(hidden.shape[:2].numel() for hidden in calls.hidden)
+        share = {report.name: report.routed / tokens for report in reports if report.routed is not None}
+        losses = {name: [loss * share.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
     weights = [sizes[name] for name in losses]
     if not budgets:
         return dict(zip(losses, minimize_loss(grid, [*losses.values()], weights, target), strict=True))

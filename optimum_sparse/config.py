@@ -47,6 +47,7 @@ class SparsityConfig(QuantizationConfigMixin):
     - a run of whole dotted parts of a module's name: "q_proj", "mlp", "model.layers.0" or a full name;
       "layers.1" does not match "layers.10";
     - "re:" and a regular expression that must match the module's full name from its beginning to its end.
+    Each matrix of a fused expert has a name of its own, such as "model.layers.0.mlp.experts.3.gate_up_proj".
 
     Args:
         method: "magnitude", "wanda", "sparsegpt", "rose" or "admm".

@@ -22,6 +22,8 @@ class LayerReport:
         note: what the method says of it: that ROSE reordered its columns, say.
         block_error: of the whole block, before and after reconstruction: mean |output - target|^2 relative to the mean
             change that the dense block makes, tokens weighed. `error` is from before it.
+        routed: of a matrix of a fused expert: how many calibration tokens the router gave it. If these are fewer than
+            it has inputs, it was solved with all tokens of its layer.
         skipped: why it stayed dense.
     """
 
@@ -33,7 +35,13 @@ class LayerReport:
     seconds: float = 0.0
     note: str = ""
     block_error: list[float] | None = None
+    routed: int | None = None
     skipped: str | None = None
+
+    @property
+    def too_few_routed(self) -> bool:
+        """Whether all tokens of the layer stand for those that were routed to this expert."""
+        return self.routed is not None and self.routed < self.shape[1]
 
 
 @dataclass
@@ -98,10 +106,13 @@ class PruningReport:
         ]
         reasons: dict[str, list[str]] = {}
         for layer in self.skipped:
-            reasons.setdefault(str(layer.skipped), []).append(layer.name)
+            reasons.setdefault(f"left dense, {layer.skipped}", []).append(layer.name)
+        for layer in self.pruned:
+            if layer.too_few_routed:
+                reasons.setdefault("fewer routed tokens than inputs, so all tokens of the layer were used", []).append(layer.name)
         for reason, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left dense, {reason}: {', '.join(names[:3])}{more}")
+            lines.append(f"{reason}: {', '.join(names[:3])}{more}")
         remarks = Counter(layer.note for layer in self.pruned if layer.note)
         lines += [f"{remark}: {count} layers" for remark, count in remarks.most_common(4)]
         trained = [layer.block_error for layer in self.pruned if layer.block_error is not None]

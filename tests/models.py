@@ -34,6 +34,8 @@ _COMMON = dict(
     pad_token_id=2,
 )
 
+_ROPE = dict(rope_type="default", rope_theta=10000.0)
+
 # name -> (config class, arguments beside _COMMON)
 ARCHITECTURES = {
     "llama": ("LlamaConfig", dict(num_key_value_heads=2)),
@@ -68,6 +70,11 @@ EXPERTS = {
     "qwen3_moe": (
         "Qwen3MoeConfig",
         dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    ),
+    # [experts, in, out], gate and up interleaved, biases
+    "gpt_oss": (
+        "GptOssConfig",
+        dict(num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rope_parameters=_ROPE),
     ),
 }
 

@@ -2,12 +2,13 @@
 
 from .least_squares import polish
 from .patterns import NM, Pattern, Unstructured, keep_mask, keep_top, parse_pattern, violation
-from .statistics import CrossStats, InputStats, Needs
+from .statistics import SAMPLE_TOKENS, CrossStats, InputStats, Needs
 from .sweep import NotPositiveDefinite, Solved, column_sweep, inverse_factor, sweep_block
 
 
 __all__ = [
     "NM",
+    "SAMPLE_TOKENS",
     "CrossStats",
     "InputStats",
     "Needs",

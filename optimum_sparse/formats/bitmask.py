@@ -12,7 +12,8 @@
 At 50 % in a 16-bit dtype every pattern takes 0.5625 of the dense bytes. Zeros that a pattern would allow to be
 non-zero are stored as kept values (lowest columns first), so a matrix has exactly one encoding and shapes follow from
 the pattern. The values keep the name `weight`, with another shape, on purpose: a reader that does not know the format
-fails on the shape; under any other name it would go on with random numbers.
+fails on the shape; under any other name it would go on with random numbers. Each matrix of a fused expert is one of
+its own here (`nn.experts` says under which names).
 """
 
 import torch

@@ -3,7 +3,8 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,23 +16,65 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import SparsityConfig, matches
 from ..core import NM
-from ..nn import SparseLinear
+from ..nn import Experts, SparseLinear, matrix_names
 from ..pipeline import Block, Calls, Linear
 from ..report import LayerReport
-from .placement import execution_device
+from .placement import execution_device, onload
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config means for a model: which matrices get which pattern, and why the others stay dense."""
+    """What a config means for a model: which matrices get which pattern, and why the others stay dense.
+
+    Attributes:
+        experts: by its name in the model, what stands for a fused module in which something is to be pruned. Linears
+            of theirs have no data but where they are taken apart.
+    """
 
     blocks: list[Block]
     skipped: list[LayerReport]
+    experts: dict[str, Experts] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, Linear]:
         """By the module's name in the model at hand."""
         return {linear.name: linear for block in self.blocks for linear in block.linears}
+
+    @property
+    def dense_experts(self) -> dict[str, nn.Linear]:
+        """The linears of `experts` that are not to be pruned, by name."""
+        pruned = self.linears
+        return {
+            f"{name}.{local}": linear
+            for name, experts in self.experts.items()
+            for local, linear, _ in linears_of(experts)
+            if f"{name}.{local}" not in pruned
+        }
+
+    @contextlib.contextmanager
+    def onload(self, block: nn.Module) -> Iterator[None]:
+        """`placement.onload`, and inside the fused experts of the block are taken apart."""
+        fused = {experts.fused: experts for experts in self.experts.values()}
+        with onload(block):
+            places = [
+                (parent, key, fused[child])
+                for parent in block.modules()
+                for key, child in parent.named_children()
+                if child in fused
+            ]
+            for parent, key, experts in places:
+                experts.take()
+                setattr(parent, key, experts)
+            try:
+                yield
+            finally:
+                for parent, key, experts in places:
+                    setattr(parent, key, experts.give_back())
+
+    def taken_apart(self, block: nn.Module) -> AbstractContextManager:
+        """`onload` if the block has fused experts; else nothing."""
+        fused = {experts.fused for experts in self.experts.values()}
+        return self.onload(block) if any(module in fused for module in block.modules()) else contextlib.nullcontext()
 
 
 def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -82,34 +125,58 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
     if strict:
         _check_rules(model, config)
     owners = Counter(id(child.weight) for module in modules for child in module.modules() if is_linear(child))
-    blocks, skipped, experts, widths = [], [], [], []
+    blocks: list[Block] = []
+    skipped: list[LayerReport] = []
+    apart: dict[str, Experts] = {}
+    unknown: list[str] = []
+    widths: list[str] = []
+
+    def choose(block: Block, name: str, child: Any, expert: nn.Module | None = None) -> str | None:
+        """The linear goes into the block, or here is why not."""
+        pattern = config.pattern_for(full(name))
+        if isinstance(pattern, str):
+            return pattern
+        if owners[id(child.weight)] > 1:
+            return "its weight is shared with another layer"
+        linear = Linear(name, child, pattern, isinstance(child, Conv1D), expert)
+        if isinstance(pattern, NM) and linear.shape[1] % pattern.group:
+            widths.append(f"{name} has {linear.shape[1]}, pattern {pattern}")
+            return f"{linear.shape[1]} inputs, pattern {pattern}"
+        block.linears.append(linear)
+        return None
+
     for number, module in enumerate(modules):
         block = Block(f"{prefix}.{number}", module, [])
         blocks.append(block)
         for local, child in module.named_modules():
             name = f"{block.name}.{local}" if local else block.name
+            if is_fused(child):
+                experts = Experts(child)
+                left = [
+                    LayerReport(f"{name}.{local}", _shape(linear), skipped=reason)
+                    for local, linear, expert in linears_of(experts)
+                    if (reason := choose(block, f"{name}.{local}", linear, expert)) is not None
+                ]
+                if len(left) < len(experts.matrices) * len(experts.members):
+                    apart[name] = experts
+                elif len({report.skipped for report in left}) == 1:
+                    left = [LayerReport(name, _shape(child), skipped=left[0].skipped)]
+                skipped += left
+                continue
             reason = _not_a_linear(child)
             if reason == "":
                 continue
-            shape = _shape(child)
             if reason is None:
-                pattern = config.pattern_for(full(name))
-                if isinstance(pattern, str):
-                    reason = pattern
-                elif owners[id(child.weight)] > 1:
-                    reason = "its weight is shared with another layer"
-                elif isinstance(pattern, NM) and shape[1] % pattern.group:
-                    widths.append(f"{name} has {shape[1]}, pattern {pattern}")
-                else:
-                    block.linears.append(Linear(name, child, pattern, transposed=isinstance(child, Conv1D)))
+                reason = choose(block, name, child)
+                if reason is None:
                     continue
             elif _holds_experts(child, module):
                 pattern = config.pattern_for(full(name))
                 if isinstance(pattern, str):
                     reason = pattern
                 else:
-                    experts.append(name)
-            skipped.append(LayerReport(name, shape, skipped=reason))
+                    unknown.append(name)
+            skipped.append(LayerReport(name, _shape(child), skipped=reason))
     if strict and widths:
         raise ValueError(
             "N:M patterns need input widths that are multiples of M: "
@@ -117,14 +184,15 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
             + ". Choose another pattern for these layers, SparsityConfig(layers={name: ...}), or leave them dense, "
             "ignore=[name]."
         )
-    if strict and experts:
+    if strict and unknown:
         raise ValueError(
-            f"{len(experts)} modules hold fused experts, which cannot be pruned yet: {_some(experts)}. To prune the "
-            "rest and leave them dense, name them: SparsityConfig(ignore=['experts'])."
+            f"{len(unknown)} modules hold fused experts of a kind that cannot be taken apart: {_some(unknown)}. To "
+            "prune the rest and leave them dense, name them: "
+            f"SparsityConfig(ignore=[{unknown[0].rpartition('.')[2]!r}])."
         )
     if strict and not any(block.linears for block in blocks):
         raise ValueError("nothing to prune: targets, ignore and layers leave every linear of every block dense.")
-    return Plan(blocks, skipped)
+    return Plan(blocks, skipped, apart)
 
 
 def full_name(model: PreTrainedModel) -> Callable[[str], str]:
@@ -139,6 +207,28 @@ def is_linear(module: nn.Module) -> bool:
     Falcon's has none: it only multiplies and adds in two steps.
     """
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether this holds the experts of a layer in 3-D parameters, as transformers' `use_experts_implementation` has
+    them, which says what is transposed and what has a bias."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj"))
+
+
+def module_names(model: nn.Module) -> Iterator[str]:
+    """The names of all modules, and of the linears of fused experts taken apart."""
+    for name, module in model.named_modules():
+        yield name
+        if is_fused(module):
+            for number in range(len(module.down_proj)):
+                yield from (f"{name}.{number}.{matrix}" for matrix in matrix_names(module))
+
+
+def linears_of(experts: Experts) -> Iterator[tuple[str, Any, nn.Module]]:
+    """(name in it, linear, expert)."""
+    for number, expert in enumerate(experts.members):
+        for matrix in experts.matrices:
+            yield f"{number}.{matrix}", expert.get_submodule(matrix), expert
 
 
 def _not_a_linear(module: nn.Module) -> str | None:
@@ -171,7 +261,7 @@ def _shape(module: nn.Module) -> list[int]:
 
 def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
     names = ["lm_head"]  # always allowed: it stays dense, and a base model has none
-    names += [full_name(model)(name) for name, _ in model.named_modules() if name]
+    names += [full_name(model)(name) for name in module_names(model) if name]
     allocated = list(config.allocation) if isinstance(config.allocation, dict) else []
     named = {
         "targets": config.targets or [],

@@ -21,9 +21,8 @@ from transformers.core_model_loading import WeightRenaming, dot_natural_key, ren
 
 from ..config import QUANT_METHOD, SparsityConfig
 from ..formats import bitmask
-from ..pipeline import Linear
 from ..report import PruningReport
-from .blocks import make_plan
+from .blocks import Plan, make_plan, module_names
 
 
 REPORT_FILE = "sparsity_report.json"
@@ -151,17 +150,17 @@ def inspect(source: str, **loading: Any) -> CheckpointInfo:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **loading)
     headers = read_headers(_safetensors(Path(source)))
-    linears = make_plan(model, sparsity, strict=False).linears
+    plan = make_plan(model, sparsity, strict=False)
     stored = stored_matrices(model, get_model_conversion_mapping(model), headers)
-    check_stored(stored, linears)
+    check_stored(stored, plan)
     matrices = {}
-    for name, linear in linears.items():
+    for name, linear in plan.linears.items():
         values = stored[name]["weight"]
         dense = linear.shape[0] * linear.shape[1] * values.bytes // max(math.prod(values.shape), 1)
         on_disk = sum(header.bytes for header in stored[name].values())
         matrices[name] = (str(linear.pattern), list(linear.shape), on_disk, dense)
     other = sum(header.bytes for header in headers.values()) - sum(matrix[2] for matrix in matrices.values())
-    return CheckpointInfo(sparsity, matrices, other, {stored[name]["weight"].dtype for name in linears})
+    return CheckpointInfo(sparsity, matrices, other, {stored[name]["weight"].dtype for name in matrices})
 
 
 class Header(NamedTuple):
@@ -201,7 +200,7 @@ def stored_matrices(
         conversions: transformers' conversions for this model and load; only renamings concern pruned weights.
     """
     renamings = [copy.deepcopy(c) for c in conversions if isinstance(c, WeightRenaming)]  # they note their use
-    names = model.state_dict()
+    names = model.state_dict() | {f"{name}.weight": name for name in module_names(model)}
     stored: dict[str, dict[str, Header]] = {}
     for name in sorted(headers, key=dot_natural_key):  # in transformers' order: some renamings depend on it
         owner, _, key = name.rpartition(".")
@@ -212,14 +211,20 @@ def stored_matrices(
     return stored
 
 
-def check_stored(stored: dict[str, dict[str, Header]], linears: dict[str, Linear]) -> None:
-    """Raise ValueError, naming the modules, unless exactly `linears` are compressed in a checkpoint, in full.
+def check_stored(stored: dict[str, dict[str, Header]], plan: Plan) -> None:
+    """Raise ValueError, naming the modules, unless exactly the plan's linears are compressed in a checkpoint, in full.
 
     transformers itself would log a tensor that is missing, go on, and put random numbers in its place.
     """
     problems = []
-    for name, linear in linears.items():
-        layout = bitmask.layout(linear.shape, linear.pattern)
+    linears = plan.linears
+    wanted = {
+        name: (bitmask.layout(part.shape, part.pattern), f"{part.pattern} matrix {list(part.shape)}")
+        for name, part in linears.items()
+    }
+    for name, dense in plan.dense_experts.items():
+        wanted[name] = {"weight": (tuple(dense.weight.shape), None)}, "dense matrix"
+    for name, (layout, what) in wanted.items():
         found = stored.get(name, {})
         missing, extra = sorted(set(layout) - set(found)), sorted(set(found) - set(layout))
         if missing or extra:
@@ -227,10 +232,7 @@ def check_stored(stored: dict[str, dict[str, Header]], linears: dict[str, Linear
         for key in sorted(set(layout) & set(found)):
             (shape, dtype), header = layout[key], found[key]
             if header.shape != shape:
-                problems.append(
-                    f"{name}.{key} has shape {list(header.shape)}, a {linear.pattern} matrix {list(linear.shape)} has "
-                    f"{list(shape)}"
-                )
+                problems.append(f"{name}.{key} has shape {list(header.shape)}, a {what} has {list(shape)}")
             elif header.dtype not in _DTYPES[dtype]:
                 problems.append(f"{name}.{key} has dtype {header.dtype}, must be {' or '.join(_DTYPES[dtype])}")
     for name, found in stored.items():

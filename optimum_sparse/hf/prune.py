@@ -20,8 +20,8 @@ from ..methods import Method, Polished
 from ..nn import SparseLinear
 from ..pipeline import Block, Calls, Objective, Reconstruction, Sensitivity, prune_blocks
 from ..report import PruningReport
-from .blocks import full_name, is_linear, make_plan, record_calls
-from .placement import execution_device, onload
+from .blocks import full_name, is_linear, make_plan, module_names, record_calls
+from .placement import execution_device
 from .sensitivity import fisher
 
 
@@ -82,10 +82,10 @@ def prune_model(
                 _check_amount(batches, plan.blocks)
             if config.fisher or ((config.allocation == "error" or config.denser) and has_likelihood):
                 with phase("sensitivity"):
-                    sensitivity = fisher(model, plan.blocks, batches, config.seed)
+                    sensitivity = fisher(model, plan.blocks, batches, config.seed, plan.taken_apart)
         if config.allocation != "uniform" or config.denser:
             with phase("allocation"):
-                chosen = allocate(config, plan.blocks, calls, sensitivity, onload, full_name(model))
+                chosen = allocate(config, plan.blocks, calls, sensitivity, plan.onload, full_name(model))
             config.allocated = chosen
             plan = make_plan(model, config)
         with phase("pruning"):
@@ -93,7 +93,7 @@ def prune_model(
                 plan.blocks,
                 calls,
                 method,
-                onload,
+                plan.onload,
                 objective=Objective(
                     staged=bool(config.staged),
                     input_shift=config.input_shift or 0.0,
@@ -105,11 +105,12 @@ def prune_model(
                     _reconstruction(model, config, plan.blocks, batches) if config.refine == "reconstruct" else None
                 ),
             )
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    order = {name: number for number, name in enumerate(module_names(model))}
     report.layers = sorted(layers + plan.skipped, key=lambda layer: order[layer.name])
     stored = copy.copy(config)
     stored.dataset = described
-    left_out = [layer.name for layer in report.skipped if is_linear(model.get_submodule(layer.name))]
+    linears = {name for name, module in model.named_modules() if is_linear(module)}
+    left_out = [layer.name for layer in report.skipped if layer.name in linears]
     stored.layers = config.layers | {
         name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)
     }

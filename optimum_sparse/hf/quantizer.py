@@ -1,5 +1,6 @@
 """The plug into transformers' loading and saving: prune on load, load dense or compressed, save compressed."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from ..config import SparsityConfig
 from ..core import Needs
 from ..formats import FORMATS, bitmask
-from ..nn import SparseLinear
-from ..pipeline import Linear
+from ..nn import Experts, SparseLinear
 from ..report import PruningReport
-from .blocks import make_plan
+from .blocks import Plan, linears_of, make_plan
 from .checkpoint import check_stored, read_headers, read_report, stored_matrices
 from .placement import offloaded_weight
 from .prune import measures_layers, prune_model
@@ -40,8 +40,8 @@ class SparsityQuantizer(HfQuantizer):
         self._skeleton: PreTrainedModel | None = None  # what is being loaded
         self._files: list[str] = []
         self._tokenizer: Any = None
-        self._compressed: dict[str, Linear] = {}
-        self._decompress = Decompress(self._compressed)
+        self._plan = Plan([], [])  # of what is being loaded
+        self._decompress = Decompress(self._plan)
 
     @classmethod
     def attach(cls, model: PreTrainedModel, config: SparsityConfig, report: PruningReport | None) -> None:
@@ -66,10 +66,13 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError(f"a sparse checkpoint is read from .safetensors files, got {checkpoint_files}.")
         self.report = read_report(Path(checkpoint_files[0]).parent)
         self._skeleton, self._files = model, checkpoint_files
-        self._compressed = make_plan(model, self.quantization_config, strict=False).linears
-        self._decompress = Decompress(self._compressed)
+        self._plan = make_plan(model, self.quantization_config, strict=False)
+        self._decompress = Decompress(self._plan)
         if self.quantization_config.run_compressed:
-            for name, linear in self._compressed.items():
+            for name, experts in self._plan.experts.items():
+                model.set_submodule(name, experts)
+                experts.keep()
+            for name, linear in self._plan.linears.items():
                 module, (out_features, in_features) = linear.module, linear.shape
                 sparse = SparseLinear(
                     in_features, out_features, module.bias is not None, linear.pattern, module.weight.dtype, "meta"
@@ -80,14 +83,28 @@ class SparsityQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized or self.quantization_config.run_compressed:
             return []
-        return [WeightConverter(list(bitmask.SUFFIXES), "weight", [self._decompress])]
+        fused = {(name.rpartition(".")[2], key) for name, part in self._plan.experts.items() for key in part.matrices}
+        of_experts = [
+            WeightConverter(
+                [*(rf"\.{owner}\.\d+\.{key}\.{suffix}$" for suffix in bitmask.SUFFIXES), rf"\.{owner}\.{key}$"],
+                f".{owner}.{key}",
+                [self._decompress],
+            )
+            for owner, key in sorted(fused)
+        ]
+        return [*of_experts, WeightConverter(list(bitmask.SUFFIXES), "weight", [self._decompress])]
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         if self._skeleton is not None and self._files:  # here, since only here all names on disk are known
             stored = stored_matrices(self._skeleton, weight_conversions, read_headers(self._files))
-            check_stored(stored, self._compressed)
+            check_stored(stored, self._plan)
             self._files = []
-        return weight_conversions + self.get_weight_conversions()
+        # transformers would join experts that have these names.
+        ours = [
+            f"{name}.{local}.weight" for name, part in self._plan.experts.items() for local, _, _ in linears_of(part)
+        ]
+        kept = [conversion for conversion in weight_conversions if not _would_join(conversion, ours)]
+        return kept + self.get_weight_conversions()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -98,7 +115,7 @@ class SparsityQuantizer(HfQuantizer):
             if run_compressed:
                 compress(model, config)
         elif config.run_compressed:
-            for name in tqdm(self._compressed, desc="Checking compressed layers", leave=False):
+            for name in tqdm(self._plan.linears, desc="Checking compressed layers", leave=False):
                 module = model.get_submodule(name)
                 try:
                     module.validate()
@@ -110,7 +127,8 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError("; ".join(self._decompress.problems[:4]))
         # Saving compresses the state dict itself: our converter must not be reversed on top of that.
         model._weight_conversions = [c for c in getattr(model, "_weight_conversions", None) or [] if not _is_ours(c)]
-        self._skeleton, self._compressed, self._decompress = None, {}, Decompress({})
+        self._skeleton, self._plan = None, Plan([], [])
+        self._decompress = Decompress(self._plan)
         self._mark(model)
 
     def _mark(self, model: PreTrainedModel) -> None:
@@ -143,18 +161,34 @@ class SparsityQuantizer(HfQuantizer):
             return None, {}
         config = self.quantization_config
         codec = FORMATS[config.format]
-        linears = make_plan(model, config, strict=False).linears
-        if _would_be_merged(model, linears):
+        plan = make_plan(model, config, strict=False)
+        linears = plan.linears
+        if _would_be_merged(model, plan):
             model._weight_conversions = []
         state = _stored_state(model)
-        for name, linear in linears.items():
-            weight = state.pop(f"{name}.weight")
-            weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
-            try:
-                tensors = codec.encode(weight.T if linear.transposed else weight, linear.pattern)
-            except ValueError as error:
-                raise ValueError(f"{name} {error}") from error
+
+        def put(name: str, weight: Tensor) -> None:
+            """A matrix [out, in], compressed if it was pruned."""
+            tensors = {"weight": weight.clone(memory_format=torch.contiguous_format)}
+            if name in linears:
+                try:
+                    tensors = codec.encode(weight, linears[name].pattern)
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}") from error
             state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
+
+        for name, linear in linears.items():
+            if linear.expert is None:
+                weight = state.pop(f"{name}.weight")
+                weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
+                put(name, weight.T if linear.transposed else weight)
+        for name, experts in plan.experts.items():
+            for key in experts.matrices:
+                weight = state[f"{name}.{key}"]
+                weight = offloaded_weight(experts.fused, key) if weight.is_meta else weight
+                state[f"{name}.{key}"] = experts.get_buffer(key)
+                for number, part in enumerate(weight):
+                    put(f"{name}.{number}.{key}", part.T if experts.fused.is_transposed else part)
         if not hasattr(model, "hf_device_map"):  # transformers brings back only what it offloaded itself
             for name, tensor in state.items():
                 if tensor.is_meta:
@@ -167,19 +201,24 @@ class SparsityQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 model.set_submodule(name, _dense_module(module))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Experts):
+                model.set_submodule(name, module.give_back())
         return model
 
 
 class Decompress(ConversionOps):
-    """The stored tensors of one module to its weight; weights that the config leaves dense pass through.
+    """The stored tensors of one module to its weight, of all experts of a layer to their fused parameter; what the
+    config leaves dense passes through.
 
     Attributes:
         problems: what was wrong, module by module. transformers turns an error that is raised here into a line of its
             log and an exception that names nothing.
     """
 
-    def __init__(self, compressed: dict[str, Linear]):
-        self.compressed = compressed
+    def __init__(self, plan: Plan):
+        self.compressed = plan.linears
+        self.experts = plan.experts
         self.problems: list[str] = []
 
     def __deepcopy__(self, memo: dict) -> "Decompress":
@@ -195,22 +234,49 @@ class Decompress(ConversionOps):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        owner, _, key = full_layer_name.rpartition(".")
+        if owner in self.experts and key in self.experts[owner].matrices:
+            return {full_layer_name: self._join(owner, key, input_dict)}
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        name = full_layer_name.removesuffix(".weight")
-        linear = self.compressed.get(name)
-        if linear is None:
-            if set(tensors) != {"weight"}:
+        if owner not in self.compressed:
+            if len(tensors) != 1 or not tensors.keys().isdisjoint(bitmask.SUFFIXES[:-1]):
                 raise ValueError(
-                    f"{name} is dense by the checkpoint's config, but the file has {sorted(tensors)} for it."
+                    f"{owner} is dense by the checkpoint's config, but the file has {sorted(tensors)} for it."
                 )
-            return tensors
-        try:
-            weight = bitmask.decode(tensors, linear.shape, linear.pattern)
-        except ValueError as error:
-            self.problems.append(f"{name}: {error}")
-            weight = torch.zeros(linear.shape)  # not to be used: loading fails
+            return {full_layer_name: next(iter(tensors.values()))}
+        linear = self.compressed[owner]
+        weight = self._decode(owner, tensors)
         weight = weight.T.contiguous() if linear.transposed else weight
         return {"weight": weight.to(linear.module.weight.dtype)}
+
+    def _decode(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        linear = self.compressed[name]
+        try:
+            return bitmask.decode(tensors, linear.shape, linear.pattern)
+        except ValueError as error:
+            self.problems.append(f"{name}: {error}")
+            return torch.zeros(linear.shape)  # not to be used: loading fails
+
+    def _join(self, owner: str, key: str, input_dict: dict[str, Any]) -> Tensor:
+        """[experts, out, in], or [experts, in, out], from lists in the order of the experts."""
+        experts = self.experts[owner]
+        weights: list[Tensor] = []
+        left = {
+            suffix: iter(tensors)
+            for suffix in bitmask.SUFFIXES
+            for pattern, tensors in input_dict.items()
+            if pattern.endswith(f"{suffix}$")
+        }
+        for number in range(len(experts.members)):
+            name = f"{owner}.{number}.{key}"
+            linear = self.compressed.get(name)
+            wanted = ["weight"] if linear is None else list(bitmask.layout(linear.shape, linear.pattern))
+            tensors = {suffix: next(left[suffix]) for suffix in wanted}
+            weights.append(tensors["weight"] if linear is None else self._decode(name, tensors))
+        if any(True for rest in left.values() for _ in rest):
+            self.problems.append(f"{owner}: the file has more experts than {len(weights)} for {key}")
+        dtype = experts.fused.get_parameter(key).dtype
+        return torch.stack([part.T if experts.fused.is_transposed else part for part in weights]).to(dtype)
 
 
 def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -230,16 +296,26 @@ def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return state
 
 
-def _would_be_merged(model: PreTrainedModel, names: Iterable[str]) -> bool:
-    """Whether transformers joins some of these weights with others on disk (gate and up in one matrix, say).
+def _would_be_merged(model: PreTrainedModel, plan: Plan) -> bool:
+    """Whether transformers joins some of the pruned weights with others on disk, or splits them (gate and up).
 
-    Compressed ones cannot be joined: such a model is stored under the names of its modules, which load as well.
+    Compressed ones cannot be joined or split: such a model is stored under the names of its modules, which load as
+    well.
     """
+    names = [f"{name}.weight" for name in plan.linears]
+    apart = plan.experts | {name: part for name, part in model.named_modules() if isinstance(part, Experts)}
+    names += [f"{name}.{key}" for name, experts in apart.items() for key in experts.matrices]
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     reverses = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
-    return any(reverse.rename_source_key(f"{name}.weight")[1] for reverse in reverses for name in names)
+    return any(_would_join(reverse, names) for reverse in reverses)
+
+
+def _would_join(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether this conversion does more than rename one of these tensors."""
+    conversion = copy.deepcopy(conversion)  # it notes its use
+    return isinstance(conversion, WeightConverter) and any(conversion.rename_source_key(name)[1] for name in names)
 
 
 def _is_ours(conversion: Any) -> bool:
@@ -248,11 +324,17 @@ def _is_ours(conversion: Any) -> bool:
 
 def compress(model: PreTrainedModel, config: SparsityConfig) -> None:
     """Replace every pruned linear by a SparseLinear, one at a time."""
-    for name, linear in make_plan(model, config, strict=False).linears.items():
+    plan = make_plan(model, config, strict=False)
+    for name, experts in plan.experts.items():
+        experts.take()
+        model.set_submodule(name, experts)
+    for name, linear in plan.linears.items():
         weight = linear.module.weight.detach()
         sparse = SparseLinear.from_dense(weight.T if linear.transposed else weight, linear.module.bias, linear.pattern)
         sparse.transposed = linear.transposed
         model.set_submodule(name, sparse)
+    for experts in plan.experts.values():
+        experts.keep()
 
 
 def needs_tokenizer(config: SparsityConfig) -> bool:

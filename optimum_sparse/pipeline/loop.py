@@ -2,8 +2,8 @@
 
 Per block: its inputs go through it to collect statistics, its linears are solved, stage by stage if asked to, and the
 same inputs go through the pruned block to become the inputs of the next one. At any time there are the activations of
-one block boundary (of two paths, if the dense one is followed), the statistics of one stage, and one fp32 matrix being
-solved.
+one block boundary (of two paths, if the dense one is followed), the statistics of one stage (of part of it, if it has
+too many experts), and one fp32 matrix being solved.
 """
 
 import contextlib
@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import Needs, NotPositiveDefinite, Solved, violation
+from ..core import SAMPLE_TOKENS, Needs, NotPositiveDefinite, Solved, violation
 from ..kernels.precision import fast_forward
 from ..methods import Method
 from ..report import LayerReport
 from .observe import Evidence, collect, find_layout, token_weights
 from .parts import Block, Calls, Linear, Sensitivity, dense_weights
 from .reconstruct import Reconstruction, reconstruct
+
+
+STATISTICS = 2**32  # bytes at a time: 128 Gram matrices of 2,880 inputs
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Objective:
         staged: collect statistics again after each group of linears with the same input (q, k, v | o | gate, up |
             down), so that each is fitted to what the pruned ones before it give ("true sequential").
         input_shift: in [0, 1]; how far to move the target from the dense weights' output on the pruned path towards
-            their output on the dense path.
+            their output on the dense path. Of an expert, only for tokens that both paths route to it.
         residual_shift: in [0, 1]; likewise how much a linear whose output is added to the residual stream is to
             repair of what that has lost so far.
         damping: of the least squares problems that these shifts are, relative to the mean of the diagonal.
@@ -145,23 +148,41 @@ def _prune_block(
     elif block.linears:
         with fast_forward(calls.hidden[0]):
             layout = find_layout(block, index, calls)
-        for groups in layout.stages() if objective.staged else [layout.groups]:
-            with fast_forward(calls.hidden[0]):
-                evidence = collect(
-                    groups,
-                    layout,
-                    block,
-                    index,
-                    calls,
-                    method.needs,
-                    dense=(dense, dense_hidden) if objective.needs_dense_path and dense_hidden is not None else None,
-                    sensitivity=objective.sensitivity,
-                )
-            while groups:  # what was solved is given up
-                found = evidence.pop(0)
-                for linear in groups.pop(0):
-                    solve(linear, found)
+        path = (dense, dense_hidden) if objective.needs_dense_path and dense_hidden is not None else None
+        for stage in layout.stages() if objective.staged else [layout.groups]:
+            before = [linear.weight.data for linear in block.linears]
+            for groups in _parts(stage, method.needs):
+                with fast_forward(calls.hidden[0]), dense_weights(block.linears, before):
+                    evidence = collect(
+                        groups,
+                        layout,
+                        block,
+                        index,
+                        calls,
+                        method.needs,
+                        dense=path,
+                        sensitivity=objective.sensitivity,
+                    )
+                while groups:  # what was solved is given up
+                    found = evidence.pop(0)
+                    for linear in groups.pop(0):
+                        solve(linear, found)
     return [reports[linear.name] for linear in block.linears], keeps
+
+
+def _parts(stage: list[list[Linear]], needs: Needs) -> list[list[list[Linear]]]:
+    """The groups of a stage, together as far as their statistics take less than STATISTICS."""
+    parts: list[list[list[Linear]]] = [[]]
+    total = 0
+    for group in stage:
+        width = group[0].shape[1]
+        size = 4 * width * (width if needs is Needs.GRAM else SAMPLE_TOKENS)
+        if total + size > STATISTICS and parts[-1]:
+            parts.append([])
+            total = 0
+        parts[-1].append(group)
+        total += size
+    return parts
 
 
 def _prune_linear(
@@ -198,6 +219,8 @@ def _prune_linear(
     report.sparsity = (solved.weight == 0).float().mean().item()
     report.seconds = time.perf_counter() - started
     report.note = solved.note
+    if evidence is not None:
+        report.routed = evidence.routed
     if stats is not None:
         report.error = stats.relative_error(target, solved.weight)
     return report, keep

@@ -6,7 +6,7 @@ no activations are kept but those at the boundary of a block.
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,9 +31,11 @@ class Evidence:
         stats: of x, their input on the pruned path.
         shift: mean (x_d - x) x^T [in, in]; x_d is the same token's input on the dense path.
         residual: by name, mean (r_d - r) x^T [out, in]; r is what the linear's output is added to.
+        routed: of an expert: how many calibration tokens the router gave it; see `collect`.
     """
 
     def __init__(self, group: list[Linear], needs: Needs):
+        self.routed: int | None = None
         self.stats = InputStats(group[0].shape[1], needs, group[0].weight.device)
         self.shift: CrossStats | None = None
         self.residual: dict[str, CrossStats] = {}
@@ -57,7 +59,7 @@ class Layout:
             reach (an expert, perhaps) is a group of its own at the end.
         residual: names of the linears whose output is added, as it is, to the residual stream.
         in_place: names of the linears whose input is changed in place later in the pass.
-        once: every linear was called exactly once.
+        once: every linear was called exactly once, but for experts.
     """
 
     groups: list[list[Linear]]
@@ -89,18 +91,14 @@ def find_layout(block: Block, index: int, calls: Calls) -> Layout:
     with Watch(block.linears, block.linears) as watch:
         calls.run(block.module, index, 0)
     by_name = {linear.name: linear for linear in block.linears}
-    groups: list[list[Linear]] = []
-    for name in watch.inputs:
-        same = next((group for group in groups if watch.same_inputs(group[0].name, name)), None)
-        if same is None:
-            groups.append([by_name[name]])
-        else:
-            same.append(by_name[name])
+    groups: dict[tuple, list[Linear]] = {}
+    for name, seen in watch.inputs.items():
+        groups.setdefault(tuple((id(x), version) for x, version, _ in seen), []).append(by_name[name])
     return Layout(
-        groups + [[linear] for linear in block.linears if linear.name not in watch.inputs],
+        [*groups.values(), *([linear] for linear in block.linears if linear.name not in watch.inputs)],
         frozenset(watch.residuals),
-        frozenset(name for name, seen in watch.inputs.items() if any(x._version != version for x, version in seen)),
-        all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears),
+        frozenset(name for name, seen in watch.inputs.items() if any(x._version != version for x, version, _ in seen)),
+        all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears if linear.expert is None),
     )
 
 
@@ -117,12 +115,19 @@ def collect(
 ) -> list[Evidence]:
     """Evidence of each of `groups`; where no token came by, `stats.tokens` is 0.
 
+    An expert sees the tokens that the pruned model's router gives it. If these are fewer than its matrix has inputs,
+    too few for a Gram matrix of full rank, it sees all tokens of its layer instead, in a second pass.
+
     Args:
         dense: the block's dense weights and its inputs on the dense path, for `shift` and `residual`.
         sensitivity: weighs the tokens.
     """
     evidence = [Evidence(group, needs) for group in groups]
-    weights = [None if sensitivity is None else token_weights(group, sensitivity, calls) for group in groups]
+    weights: list[list[Tensor] | None] = [None] * len(groups)
+    if sensitivity is not None:
+        # What the likelihood feels of a token is known at the block's output also where it came to another expert.
+        of_block = token_weights([block], sensitivity, calls) if any(group[0].expert for group in groups) else None
+        weights = [of_block if group[0].expert else token_weights(group, sensitivity, calls) for group in groups]
     leaders = [group[0] for group in groups]
     residual = frozenset(linear.name for group in groups for linear in group) & layout.residual
     writers = [linear for linear in block.linears if linear.name in layout.residual]
@@ -143,19 +148,57 @@ def collect(
                 other = watch(batch, dense[1][batch])
         for group, found, weight in zip(groups, evidence, weights, strict=True):
             name = group[0].name
-            for x, _ in pruned.inputs.get(name, ()):
-                x = as_multiplied(calls.real_tokens(x, batch, name))
-                of_token = None if weight is None else _fitting(weight[batch], x, calls, batch, name)
+            for x_p, _, which in pruned.inputs.get(name, ()):
+                x = as_multiplied(calls.real_tokens(x_p, batch, name, which))
+                of_token = None if weight is None else _fitting(weight[batch], x, calls, batch, name, which)
                 found.stats.update(x, of_token)
-            if other is None:
+            if other is None or name not in pruned.inputs:
                 continue
-            (x_p, _), (x_d, _) = pruned.inputs[name][0], other.inputs[name][0]
-            found.add_shift(x, calls.real_tokens(x_d.float() - x_p.float(), batch, name), of_token)
+            change = _change(pruned.inputs[name][0], other.inputs.get(name))
+            found.add_shift(x, calls.real_tokens(change, batch, name, which), of_token)
             for linear in group:
                 if linear.name in residual:
                     change = other.residuals[linear.name].float() - pruned.residuals[linear.name].float()
                     found.add_residual(linear.name, x, calls.real_tokens(change, batch, linear.name), of_token)
+    few = []
+    for number, (group, found) in enumerate(zip(groups, evidence, strict=True)):
+        if group[0].expert is not None and not group[0].expert.sees_all:
+            found.routed = found.stats.tokens
+            if found.routed < group[0].shape[1]:
+                few.append(number)
+    if few:
+        chosen = [groups[number] for number in few]
+        with _seeing_all(chosen):
+            again = collect(chosen, layout, block, index, calls, needs, dense=dense, sensitivity=sensitivity)
+        for number, found in zip(few, again, strict=True):
+            found.routed = evidence[number].routed
+            evidence[number] = found
     return evidence
+
+
+@contextlib.contextmanager
+def _seeing_all(groups: list[list[Linear]]) -> Iterator[None]:
+    """These experts are given all tokens inside."""
+    experts = [group[0].expert for group in groups]
+    try:
+        for expert in experts:
+            expert.sees_all = True
+        yield
+    finally:
+        for expert in experts:
+            expert.sees_all = False
+
+
+def _change(pruned: tuple, dense: list[tuple] | None) -> Tensor:
+    """x_d - x of the tokens of one call, fp32; 0 for tokens that the dense path's router gives to other experts."""
+    x, _, which = pruned
+    if dense is None:  # to others all of them
+        return torch.zeros_like(x, dtype=torch.float32)
+    x_d, _, which_d = dense[0]
+    if which is None:
+        return x_d.float() - x.float()
+    place = torch.searchsorted(which_d, which).clamp(max=len(which_d) - 1)
+    return (x_d[place].float() - x.float()).where((which_d[place] == which)[:, None], 0)
 
 
 def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | None, calls: Calls) -> list[Tensor]:
@@ -183,8 +226,13 @@ def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | No
     return [part * mask for part, mask in zip(weights, real, strict=True)]
 
 
-def _fitting(weight: Tensor, x: Tensor, calls: Calls, batch: int, name: str) -> Tensor | None:
-    """The weights of the real tokens x; None if these are other tokens (a router's choice) or of several calls."""
+def _fitting(
+    weight: Tensor, x: Tensor, calls: Calls, batch: int, name: str, which: Tensor | None = None
+) -> Tensor | None:
+    """The weights of the real tokens x, which are `which` of the batch. If that is not known: None for other tokens (a
+    router's choice) or those of several calls."""
+    if which is not None:
+        return calls.real_tokens(weight[which.to(weight.device)][:, None], batch, name, which)[:, 0].to(x.device)
     mask = calls.keep[batch] if calls.keep else None
     if mask is not None and mask.numel() == len(weight):
         weight = calls.real_tokens(weight[:, None], batch, name)[:, 0]
@@ -199,7 +247,8 @@ class Watch(TorchFunctionMode):
     """Sees, in the forward passes of a block inside it, what linears get and what their outputs are added to.
 
     Attributes:
-        inputs: by the linear's name, for each call its input [..., in], and the input's version then.
+        inputs: by the linear's name, for each call its input [..., in], the input's version then, and of an expert
+            which tokens these are.
         residuals: by the linear's name, what its output was added to last, [..., out]. Parallel branches may be
             added to one another first. Only outputs that are added as they are count: no scale or norm in between.
     """
@@ -220,7 +269,7 @@ class Watch(TorchFunctionMode):
             until: end the pass when every input, and the residuals of these, were seen; None: never.
         """
         super().__init__()
-        self.inputs: dict[str, list[tuple[Tensor, int]]] = {}
+        self.inputs: dict[str, list[tuple[Tensor, int, Tensor | None]]] = {}
         self.residuals: dict[str, Tensor] = {}
         self._linears = linears
         self._writers = writers
@@ -234,7 +283,7 @@ class Watch(TorchFunctionMode):
 
     def __enter__(self) -> "Watch":
         for linear in self._linears:
-            before = partial(self._before, linear.name)
+            before = partial(self._before, linear)
             self._hooks.callback(linear.module.register_forward_pre_hook(before, with_kwargs=True).remove)
         for linear in self._writers:
             self._hooks.callback(linear.module.register_forward_hook(partial(self._after, linear.name)).remove)
@@ -247,17 +296,11 @@ class Watch(TorchFunctionMode):
         self._made.clear()
         return kind is _AllSeen
 
-    def same_inputs(self, one: str, other: str) -> bool:
-        """Whether two linears got the same tensors."""
-        pairs = zip(self.inputs[one], self.inputs[other], strict=False)
-        return len(self.inputs[one]) == len(self.inputs[other]) and all(
-            x is y and x_version == y_version for (x, x_version), (y, y_version) in pairs
-        )
-
-    def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, linear: Linear, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        version = x._version
-        self.inputs.setdefault(name, []).append((x.clone() if name in self._in_place else x, version))
+        which = linear.expert.tokens if linear.expert else None
+        seen = (x.clone() if linear.name in self._in_place else x, x._version, which)
+        self.inputs.setdefault(linear.name, []).append(seen)
         self._stop_if_done()
 
     def _after(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:

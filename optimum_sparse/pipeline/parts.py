@@ -13,12 +13,16 @@ from ..core import Pattern
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix to prune: a module whose `weight` is [out, in], or [in, out] if `transposed` (Conv1D)."""
+    """One matrix to prune: a module whose `weight` is [out, in], or [in, out] if `transposed` (Conv1D).
+
+    `expert`, if a router chooses the tokens that it is given, has `tokens` and `sees_all` of `nn.experts.Expert`.
+    """
 
     name: str
     module: Any  # nn.Linear or Conv1D
     pattern: Pattern
     transposed: bool = False
+    expert: Any = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -85,12 +89,18 @@ class Calls:
         """For another run from the same inputs: `prune_blocks` uses its calls up."""
         return Calls(list(self.hidden), list(self.arguments), self.keep, self.share_state)
 
-    def real_tokens(self, x: Tensor, batch: int, name: str) -> Tensor:
-        """x [..., n] of one batch as [tokens, n], without padding."""
+    def real_tokens(self, x: Tensor, batch: int, name: str, which: Tensor | None = None) -> Tensor:
+        """x [..., n] of one batch as [tokens, n], without padding.
+
+        Args:
+            which: int64, the batch's tokens that x holds; None: all of them.
+        """
         rows = x.reshape(-1, x.shape[-1])
         keep = self.keep[batch] if self.keep else None
         if keep is None:
             return rows
+        if which is not None:
+            keep = keep.flatten()[which.to(keep.device)]
         if keep.numel() != len(rows):
             raise ValueError(
                 f"{name} sees {len(rows)} tokens of a batch of {keep.numel()}, so its padding cannot be told apart: "

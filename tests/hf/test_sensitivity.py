@@ -238,3 +238,56 @@ def test_logits_that_are_not_finite_are_an_error():
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
         Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_second_pass_has_the_arithmetic_of_the_first(bf16: bool, monkeypatch):
+    """A router that chose other experts then would give tensors of other shapes."""
+    monkeypatch.setattr("optimum_sparse.kernels.precision._multiplies_bf16", lambda device: bf16)
+    model = make_model("mixtral")
+    seen = []
+
+    def note(module: nn.Module, args: tuple) -> None:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.matmul.fp32_precision))
+
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(note)
+    fisher(model, blocks_of(model), batches_of(4), SEED)
+    assert len(seen) == 4
+    assert set(seen) == {(bf16, "bf16" if bf16 else "tf32")}
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_rows_of_experts(architecture: str, monkeypatch):
+    """Against a plain backward pass through the experts taken apart; one sequence per batch."""
+    monkeypatch.setattr("optimum_sparse.kernels.precision._multiplies_bf16", lambda device: False)
+    model = make_model(architecture)
+    plan = make_plan(model, make_config(targets=["experts"]))
+    batches = batches_of(1)
+    found = fisher(model, plan.blocks, batches, SEED, plan.taken_apart)
+    outputs: list[tuple[str, Tensor]] = []
+    for name, experts in plan.experts.items():
+        experts.take()
+        model.set_submodule(name, experts)
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            output.retain_grad()
+            outputs.append((name, output))
+
+        return hook
+
+    for linear in plan.linears.values():
+        linear.module.register_forward_hook(keep(linear.name))
+    for number, batch in enumerate(batches):
+        logits = model(**batch, use_cache=False).logits[0, :-1]
+        drawn = torch.Generator().manual_seed(SEED + number)
+        labels = torch.multinomial(logits.float().softmax(-1), 1, generator=drawn)[:, 0]
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    rows: dict[str, Tensor] = {}
+    for name, output in outputs:
+        rows[name] = rows.get(name, 0) + output.grad.double().square().sum(0) / (4 * 9)
+    assert found.rows.keys() == rows.keys()
+    assert len(rows) >= 12
+    for name, row in rows.items():
+        torch.testing.assert_close(found.rows[name].double(), row, rtol=1e-3, atol=1e-9)

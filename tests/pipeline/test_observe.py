@@ -248,7 +248,7 @@ EXPECTED = {
         (f"{QKV} | {GATED}", "o_proj down_proj", 1),
     ),
     **dict.fromkeys(["gemma3", "olmo2"], (f"{QKV} | {GATED}", "", 1)),  # norms after both halves
-    **dict.fromkeys(["mixtral", "qwen3_moe"], (QKV, "o_proj", 1)),  # experts are fused, and no linears
+    **dict.fromkeys(["mixtral", "qwen3_moe", "gpt_oss"], (QKV, "o_proj", 1)),  # experts are ignored
     "opt": ("q_proj k_proj v_proj | out_proj | fc1 | fc2", "out_proj fc2", 1),
     "gpt2": ("c_attn | c_proj | c_fc | c_proj", "c_proj c_proj", 1),
     "bloom": (BIG_SMALL, "dense dense_4h_to_h", 1),
