@@ -197,11 +197,19 @@ class _Recorded(Exception):
 
 
 @torch.no_grad()
-def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: list[dict[str, Tensor]]) -> Calls:
+def record_calls(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: list[dict[str, Tensor]],
+    hidden: Any = None,
+) -> Calls:
     """What the model calls each of its blocks with on each batch, without running them.
 
     Every block gets its own arguments: some models give each layer its own mask and position embeddings. Arguments
     that are equal for two batches are kept once.
+
+    Args:
+        hidden: empty `Tensors` with `append`, in place of a list, for the inputs of the first block.
     """
     problem = (
         f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot be "
@@ -210,7 +218,7 @@ def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: l
     if len(set(blocks)) != len(blocks):
         raise ValueError(problem)
     returns_tuple = _returns_tuple(model, blocks, batches[0])
-    hidden: list[Tensor] = []
+    hidden = [] if hidden is None else hidden
     arguments: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
     keep: list[Tensor | None] = []
     device = execution_device(model.get_input_embeddings())

@@ -3,6 +3,7 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,13 @@ SCALE = 256.0  # of gradients on their way back: small ones would vanish in fp16
 LOGITS = {"cuda": 2**29, "cpu": 2**27}  # numbers at a time: 2 GB, 0.5 GB, and a few copies
 
 
-def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, Tensor]], seed: int) -> Sensitivity:
+def fisher(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    batches: list[dict[str, Tensor]],
+    seed: int,
+    saving: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+) -> Sensitivity:
     """Squared gradients of the dense model's own log-likelihood (Fisher information), by linear and by block.
 
     Labels are sampled from the model, as the definition wants it. Blocks are recomputed in the backward pass, which so
@@ -31,6 +38,7 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
 
     Args:
         batches: what the model is called with; `tokens` of the result follows them.
+        saving: context in which the inputs of a block are saved for the backward pass.
 
     Raises:
         ValueError: a model without a head; logits or gradients that are not finite.
@@ -63,7 +71,7 @@ def fisher(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_activations(model))
         stack.enter_context(set_checkpoint_early_stop(False))  # or offloaded weights stay where they were brought
-        stack.enter_context(replaced_forwards([block.module for block in blocks], _recomputed(blocks)))
+        stack.enter_context(replaced_forwards([block.module for block in blocks], _recomputed(blocks, saving)))
         for block in blocks:
             stack.callback(block.module.register_forward_hook(hook(block.name, False)).remove)
             for linear in block.linears:
@@ -128,13 +136,14 @@ def _parts(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.devic
         yield {name: part.to(device) for name, part in zip(names, parts, strict=True)}
 
 
-def _recomputed(blocks: list[Block]) -> Callable[[int], Callable]:
+def _recomputed(blocks: list[Block], saving: Callable[[], AbstractContextManager]) -> Callable[[int], Callable]:
     """Forward passes that keep nothing for the backward pass but their inputs."""
     forwards = [block.module.forward for block in blocks]
 
     def make(index: int) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forwards[index], *args, use_reentrant=False, **kwargs)
+            with saving():
+                return checkpoint(forwards[index], *args, use_reentrant=False, **kwargs)
 
         return forward
 
