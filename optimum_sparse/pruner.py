@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -14,6 +14,10 @@ from .hf.quantizer import SparsityQuantizer, load_tokenizer
 from .hf.streaming import stream
 from .methods import Method
 from .report import PruningReport
+
+
+SPREAD = ("balanced", "balanced_low_0", "sequential")  # over several devices
+KEPT = ("dtype", "device_map", "trust_remote_code")  # arguments for loading the source that suit the output
 
 
 class Pruner:
@@ -35,8 +39,7 @@ class Pruner:
     def from_pretrained(
         cls, model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **kwargs: Any
     ) -> "Pruner":
-        """From a model in memory, or from an id or path, which is loaded as AutoModelForCausalLM with `kwargs`, when it
-        is needed.
+        """From a model in memory, or from an id or path, which AutoModelForCausalLM loads, with `kwargs`, when needed.
 
         Args:
             tokenizer: a tokenizer, or the id or path of one; found beside the model when it is not given.
@@ -61,7 +64,7 @@ class Pruner:
         """The model; pruned in place. One that was given by its id or path is loaded when it is first asked for."""
         if self._model is None and self._source is not None:
             self._model = AutoModelForCausalLM.from_pretrained(self._source, **self._loading)
-        return self._model
+        return cast(PreTrainedModel, self._model)
 
     def prune(self, config: SparsityConfig, *, dataset: Any = None, method: Method | None = None) -> PreTrainedModel:
         """Prune the model in place and return it. `save_pretrained` then writes it compressed.
@@ -81,19 +84,19 @@ class Pruner:
         """Prune, and write checkpoint, tokenizer and report to the new folder `output`: all of it, or nothing.
 
         A model that was given by its id or path, and was not loaded yet, is streamed from disk to disk: no more than
-        one block is in memory, and a run that was interrupted goes on when it is called again in the same way. The
-        model is loaded as a whole if `device_map` is no single device or "auto", and for dataset="self", which runs
-        all of it for every token. The weights are the same, to the bit.
+        one block is in memory, and a run that was interrupted goes on when it is called again in the same way. It is
+        loaded as a whole for dataset="self", which runs all of it for every token, and for a `device_map` other than
+        "auto" and single devices. The weights are the same, to the bit.
         """
         _check(config)
         device_map = self._loading.get("device_map")
-        streamed = self._model is None and self._source is not None
-        if streamed and config.dataset != "self" and isinstance(device_map, str | None):
-            stream(
-                self._source, config, output, tokenizer=self.tokenizer, max_shard_size=max_shard_size, **self._loading
-            )
+        one_device = device_map is None or (isinstance(device_map, str) and device_map not in SPREAD)
+        if self._model is None and self._source is not None and one_device and config.dataset != "self":
+            kwargs = self._loading | {"tokenizer": self.tokenizer, "max_shard_size": max_shard_size}
+            stream(self._source, config, output, **kwargs)
             self.report = read_report(Path(output))
             self._source = output
+            self._loading = {name: self._loading[name] for name in KEPT if name in self._loading}
             return Path(output)
         with new_directory(output) as directory:
             self.prune(config)

@@ -107,7 +107,8 @@ def prune_model(
             started = time.perf_counter()
 
             def finished(index: int, found: list[LayerReport]) -> None:
-                assert journal is not None and save_block is not None
+                assert journal is not None
+                assert save_block is not None
                 layers = plan.skipped + journal.layers + found
                 shards = save_block(plan.blocks[index], _as_stored(model, config, described, layers))
                 seconds = report.seconds | {"pruning": before.get("pruning", 0.0) + time.perf_counter() - started}

@@ -1,8 +1,8 @@
 """From disk to disk: a model that may be larger than the memory is loaded, pruned and saved one block at a time.
 
-transformers puts the decoder blocks "on disk", which leaves them in the checkpoint's own files; these are only read. The
-loop brings each in through `onload`, as it does for any offloaded model, and what comes out is a shard before the block
-goes. `Journal` keeps what a later run needs to go on.
+transformers puts the decoder blocks "on disk", which leaves them in the checkpoint's own files; these are only read.
+The loop brings each in through `onload`, as it does for any offloaded model, and what comes out is a shard before the
+block goes. `Journal` keeps what a later run needs to go on.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import SparsityConfig
 from ..pipeline import Block
-from ..report import PruningReport
 from ..version import __version__
 from .blocks import find_blocks
 from .checkpoint import atomically, read_headers, sync, writing
@@ -49,8 +48,8 @@ def stream(
 ) -> None:
     """Prune the model at `source`, an id or a path, to the new folder `output`; or go on where such a run has ended.
 
-    The tensors are those that `prune_model` and `save_pretrained` give, to the bit, in one shard (or more) per block. In
-    memory are embeddings, norms and head, one block, and hidden states up to a limit.
+    The tensors are those that `prune_model` and `save_pretrained` give, to the bit, in one shard (or more) per block.
+    In memory are embeddings, norms and head, one block, and hidden states up to a limit.
 
     Args:
         device_map: the device that computes; "auto": the GPU if there is one; None: the CPU.
@@ -161,7 +160,7 @@ def _prune(
 
 def _save_part(model: PreTrainedModel, journal: Journal, name: str, max_shard_size: int | str) -> list[str]:
     """Save, as `save_pretrained` does, the part of the model that its quantizer names. Returns the shards' names."""
-    shards = []
+    shards: list[str] = []
     with tempfile.TemporaryDirectory(dir=journal.scratch) as folder:
         with writing(journal.checkpoint / name), _quiet():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
