@@ -81,7 +81,8 @@ def _add_prune(commands: Any) -> None:
     parser = _command(
         commands,
         "prune",
-        "Prune a causal language model and save it compressed, with its tokenizer and a report.",
+        "Prune a causal language model and save it compressed, with its tokenizer and a report. One decoder block is "
+        "in memory at a time; after an interruption the same command goes on where it was.",
         "org/model --pattern 2:4 --dataset c4 --output model-2of4",
     )
     parser.add_argument("model", help="id on the hub, or a folder")

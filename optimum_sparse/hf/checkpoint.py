@@ -219,10 +219,14 @@ def _safetensors(directory: Path) -> list[Path]:
 
 
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, Header]:
-    """{tensor name on disk: header}. No tensor is read."""
+    """{tensor name on disk: header}. No tensor is read. Raises OSError, naming the file, for one that is damaged."""
     headers = {}
     for file in files:
-        with safe_open(file, "pt") as stored:
+        try:
+            opened = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise OSError(f"{file} cannot be read: {error}.") from error
+        with opened as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 part = stored.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()

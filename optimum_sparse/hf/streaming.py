@@ -97,6 +97,7 @@ def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | N
     if not folder.is_dir():
         return None
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    read_headers(path for path in found if path.suffix == ".safetensors")  # damaged ones show before any work
     return {
         path.name: f"{path.stat().st_size} bytes of {datetime.fromtimestamp(path.stat().st_mtime).isoformat()}"
         for path in found
@@ -125,7 +126,8 @@ def _load(
         beside = [name for name, _ in (*owner.named_children(), *owner.named_parameters(recurse=False))]
         places |= {f"{path}{name}": device for name in beside if name != part}
         owner, path = getattr(owner, part), f"{path}{part}."
-    return AutoModelForCausalLM.from_pretrained(source, **loading, device_map=places, offload_folder=folder)
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(source, **loading, device_map=places, offload_folder=folder)
 
 
 def _prune(
@@ -178,13 +180,17 @@ def _save_part(model: PreTrainedModel, journal: Journal, name: str, max_shard_si
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers has a progress bar for every file, and a warning for every offloaded model."""
+    """No progress bar for every file that transformers writes, no warning that blocks are on disk, as they should."""
     shown = transformers_logging.is_progress_bar_enabled()
+    accelerate = logging.getLogger("accelerate.big_modeling")
+    level = accelerate.level
     transformers_logging.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
             yield
     finally:
+        accelerate.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()

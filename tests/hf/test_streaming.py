@@ -41,7 +41,9 @@ def assert_same_checkpoint(streamed: Path, saved: Path) -> None:
     """All that loads, reads and documents them is the same; only how tensors are shared out over files may differ."""
     got, wanted = stored_tensors(streamed), stored_tensors(saved)
     assert set(got) == set(wanted)
-    assert not [name for name in got if not torch.equal(got[name], wanted[name]) or got[name].dtype != wanted[name].dtype]
+    assert not [
+        name for name in got if not torch.equal(got[name], wanted[name]) or got[name].dtype != wanted[name].dtype
+    ]
     assert without_seconds(streamed) == without_seconds(saved)
 
     def others(directory: Path) -> dict[str, bytes]:
@@ -97,7 +99,9 @@ def test_the_same_bits_as_in_memory(case, spilled, tmp_path, tokenizer, monkeypa
         second = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", run_compressed=compressed)
         assert_same_logits(first, second)
     assert_same_weights(pruner.model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
-    assert [layer.name for layer in pruner.report.layers] == [row["name"] for row in without_seconds(tmp_path / "saved")]
+    assert [layer.name for layer in pruner.report.layers] == [
+        row["name"] for row in without_seconds(tmp_path / "saved")
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
