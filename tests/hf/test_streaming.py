@@ -163,8 +163,8 @@ class Stop(BaseException):
     """As an interrupt from the keyboard."""
 
 
-def stop_at(block: int, monkeypatch) -> None:
-    """The run ends where it would have saved this block."""
+def stop_at(block: int, source: Path, config: SparsityConfig, output: Path, monkeypatch) -> None:
+    """A run that ends where it would have saved this block."""
     save = streaming._save_part
 
     def stopping(model, journal, name, size):
@@ -172,16 +172,17 @@ def stop_at(block: int, monkeypatch) -> None:
             raise Stop
         return save(model, journal, name, size)
 
-    monkeypatch.setattr(streaming, "_save_part", stopping)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_save_part", stopping)
+        with pytest.raises(Stop):
+            Pruner.from_pretrained(source).prune_to_disk(config, output)
 
 
 @pytest.mark.parametrize("case", ["magnitude", "all that second-order methods do", "trained, allocated"])
 def test_going_on_redoes_one_block(case, source, tmp_path, monkeypatch, caplog):
     config, output = CASES[case][1], tmp_path / "out"
     in_memory(source, config, tmp_path / "saved")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(2, patch)
-        Pruner.from_pretrained(source).prune_to_disk(config, output)
+    stop_at(2, source, config, output, monkeypatch)
     assert not output.exists()
     assert "2 blocks are done: run the same again" in caplog.text
     solved = []
@@ -266,12 +267,12 @@ def test_killed_at_random_moments(kind, exists, source, tmp_path):
     """kill -9 at any time, and before any change to the files: the same bytes in the end, and nothing else is left."""
     (tmp_path / "runs").mkdir()
     tests = str(Path(__file__).parents[1])
-    done = run_python(KILLED, tests, str(source), str(tmp_path / "runs"), kind, exists, "4")
+    done = run_python(KILLED, tests, str(source), str(tmp_path / "runs"), kind, exists, "2")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 4
+    assert int(done.stdout.split()[-1]) >= 2
     whole = files_of(tmp_path / "runs" / "whole")
     outputs = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert outputs == {"whole", "out0", "out1", "out2", "out3"}
+    assert outputs == {"whole", "out0", "out1"}
     for name in outputs:
         found = files_of(tmp_path / "runs" / name)
         assert set(found) == set(whole)
@@ -291,9 +292,7 @@ def test_killed_at_random_moments(kind, exists, source, tmp_path):
 )
 def test_another_recipe_or_model_does_not_go_on(change, message, source, tmp_path, monkeypatch):
     config, loading = make_config("sparsegpt"), {}
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_at(1, patch)
-        Pruner.from_pretrained(source).prune_to_disk(config, tmp_path / "out")
+    stop_at(1, source, config, tmp_path / "out", monkeypatch)
     if change == "recipe":
         config = make_config("sparsegpt", damping=0.02)
     elif change == "weights":
@@ -404,7 +403,7 @@ def test_an_unreadable_shard(damage, source, tmp_path):
 @pytest.mark.parametrize("place", ["/proc/out", "/dev/null/out"])
 def test_an_output_that_cannot_be_written(place, source):
     before = files_of(source)
-    with pytest.raises(OSError, match="/proc|/dev/null"):
+    with pytest.raises(OSError, match=r"/proc|/dev/null"):
         Pruner.from_pretrained(source).prune_to_disk(make_config("sparsegpt"), place)
     assert files_of(source) == before
 
