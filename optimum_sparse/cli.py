@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
 from .evaluation import measure_speed, perplexity
-from .hf.checkpoint import export_dense, inspect, new_directory
+from .hf.checkpoint import export_dense, inspect
 from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
@@ -81,7 +81,8 @@ def _add_prune(commands: Any) -> None:
     parser = _command(
         commands,
         "prune",
-        "Prune a causal language model and save it compressed, with its tokenizer and a report.",
+        "Prune a causal language model and save it compressed, with its tokenizer and a report. One decoder block is "
+        "in memory at a time; after an interruption the same command goes on where it was.",
         "org/model --pattern 2:4 --dataset c4 --output model-2of4",
     )
     parser.add_argument("model", help="id on the hub, or a folder")
@@ -149,11 +150,10 @@ def _prune(args: argparse.Namespace) -> None:
     if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
         options.pop("sparsity", None)  # a file's sparsity belongs to the file's pattern
     config = SparsityConfig.recipe(args.recipe, **options) if args.recipe else SparsityConfig.from_dict(options)
-    with new_directory(args.output) as directory:  # refuses a bad one before the model is loaded
-        pruner = Pruner.from_pretrained(args.model, **_loading(args))
-        pruner.prune_to_disk(config, directory, max_shard_size=args.max_shard_size)
-        print(pruner.report)
-        print(inspect(str(directory), trust_remote_code=args.trust_remote_code))
+    pruner = Pruner.from_pretrained(args.model, **_loading(args))
+    pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
+    print(pruner.report)
+    print(inspect(args.output, trust_remote_code=args.trust_remote_code))
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -2,53 +2,69 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import SparsityConfig
-from .hf.checkpoint import new_directory
+from .hf.checkpoint import new_directory, read_report
 from .hf.integration import HUB_ARGUMENTS
 from .hf.prune import prune_model
 from .hf.quantizer import SparsityQuantizer, load_tokenizer
+from .hf.streaming import stream
 from .methods import Method
 from .report import PruningReport
+
+
+SPREAD = ("balanced", "balanced_low_0", "sequential")  # over several devices
+KEPT = ("dtype", "device_map", "trust_remote_code")  # arguments for loading the source that suit the output
 
 
 class Pruner:
     """Prunes one causal language model.
 
     Attributes:
-        model: the model; pruned in place.
         tokenizer: for calibration text; None if there is none.
         report: what the last `prune` did, layer by layer.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None):
-        self.model = model
+    def __init__(self, model: PreTrainedModel | None, tokenizer: Any = None):
         self.tokenizer = tokenizer
         self.report: PruningReport | None = None
+        self._model = model
+        self._source: str | os.PathLike | None = None  # of a model that is not loaded yet
+        self._loading: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
         cls, model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **kwargs: Any
     ) -> "Pruner":
-        """From a model in memory, or from an id or path, which is loaded as AutoModelForCausalLM with `kwargs`.
+        """From a model in memory, or from an id or path, which AutoModelForCausalLM loads, with `kwargs`, when needed.
 
         Args:
             tokenizer: a tokenizer, or the id or path of one; found beside the model when it is not given.
         """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if isinstance(model, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)}: only for loading, and this model is loaded already.")
+            pruner, config = cls(model), model.config
         else:
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            pruner, config = cls(None), AutoConfig.from_pretrained(model, **hub)
+            pruner._source, pruner._loading = model, kwargs
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         elif tokenizer is None:
-            tokenizer = load_tokenizer(model, **hub)
-        return cls(model, tokenizer)
+            tokenizer = load_tokenizer(config, **hub)
+        pruner.tokenizer = tokenizer
+        return pruner
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; pruned in place. One that was given by its id or path is loaded when it is first asked for."""
+        if self._model is None and self._source is not None:
+            self._model = AutoModelForCausalLM.from_pretrained(self._source, **self._loading)
+        return cast(PreTrainedModel, self._model)
 
     def prune(self, config: SparsityConfig, *, dataset: Any = None, method: Method | None = None) -> PreTrainedModel:
         """Prune the model in place and return it. `save_pretrained` then writes it compressed.
@@ -57,17 +73,39 @@ class Pruner:
             dataset: calibration data in place of `config.dataset`; here it may also be a DataLoader.
             method: an object of your own in place of the one that `config.method` names.
         """
-        if not isinstance(config, SparsityConfig):
-            raise TypeError(f"config must be a SparsityConfig, got {type(config).__name__}.")
+        _check(config)
         stored, self.report = prune_model(self.model, config, tokenizer=self.tokenizer, dataset=dataset, method=method)
         SparsityQuantizer.attach(self.model, stored, self.report)
         return self.model
 
-    def prune_to_disk(self, config: SparsityConfig, output: str | os.PathLike, max_shard_size: str = "50GB") -> Path:
-        """Prune, and write checkpoint, tokenizer and report to the new folder `output`: all of it, or nothing."""
+    def prune_to_disk(
+        self, config: SparsityConfig, output: str | os.PathLike, max_shard_size: int | str = "50GB"
+    ) -> Path:
+        """Prune, and write checkpoint, tokenizer and report to the new folder `output`: all of it, or nothing.
+
+        A model that was given by its id or path, and was not loaded yet, is streamed from disk to disk: no more than
+        one block is in memory, and a run that was interrupted goes on when it is called again in the same way. It is
+        loaded as a whole for dataset="self", which runs all of it for every token, and for a `device_map` other than
+        "auto" and single devices. The weights are the same, to the bit.
+        """
+        _check(config)
+        device_map = self._loading.get("device_map")
+        one_device = device_map is None or (isinstance(device_map, str) and device_map not in SPREAD)
+        if self._model is None and self._source is not None and one_device and config.dataset != "self":
+            kwargs = self._loading | {"tokenizer": self.tokenizer, "max_shard_size": max_shard_size}
+            stream(self._source, config, output, **kwargs)
+            self.report = read_report(Path(output))
+            self._source = output
+            self._loading = {name: self._loading[name] for name in KEPT if name in self._loading}
+            return Path(output)
         with new_directory(output) as directory:
             self.prune(config)
             self.model.save_pretrained(directory, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
         return Path(output)
+
+
+def _check(config: Any) -> None:
+    if not isinstance(config, SparsityConfig):
+        raise TypeError(f"config must be a SparsityConfig, got {type(config).__name__}.")

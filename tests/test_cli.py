@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from models import files_of
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse.cli import main
 from optimum_sparse.core import NM
+from optimum_sparse.hf import streaming
 from optimum_sparse.kernels.linear import select
 
 
@@ -35,7 +37,8 @@ def prune_arguments(model, text, out, *more):
 
 def test_prune_writes_checkpoint_tokenizer_and_report(pruned):
     names = {path.name for path in pruned.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "sparsity_report.json"} <= names
+    assert {"config.json", "tokenizer.json", "sparsity_report.json", "model.safetensors.index.json"} <= names
+    assert "model-00001-of-00003.safetensors" in names  # two blocks, and the rest
     stored = json.loads((pruned / "config.json").read_text())["quantization_config"]
     assert (stored["method"], stored["pattern"], stored["num_samples"]) == ("sparsegpt", "2:4", 4)
     layers = json.loads((pruned / "sparsity_report.json").read_text())["layers"]
@@ -99,8 +102,8 @@ def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     assert main(["info", str(pruned), "--layers"]) == 0
     printed = capsys.readouterr().out
     assert "model.layers.0.mlp.down_proj" in printed
-    header = int.from_bytes((pruned / "model.safetensors").read_bytes()[:8], "little")
-    payload = (pruned / "model.safetensors").stat().st_size - 8 - header
+    contents = [file.read_bytes() for file in pruned.glob("*.safetensors")]
+    payload = sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in contents)
     assert f"in all {payload / 1e6:,.1f} MB" in printed
     assert "run_compressed=True here (c" in printed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,3 +153,25 @@ def test_module_and_optimum_cli_offer_the_same_commands():
     ):
         printed = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
         assert all(name in printed for name in ("prune", "eval", "info", "export", "bench")), printed
+
+
+def test_an_interrupted_run_goes_on(tiny_llama, text, tmp_path, monkeypatch, caplog):
+    wanted = tmp_path / "whole"
+    assert main(prune_arguments(tiny_llama, text, wanted)) == 0
+    save = streaming._save_part
+
+    def full(model, journal, name, size):
+        if name == "model.layers.1":
+            raise OSError("the disk is full")
+        return save(model, journal, name, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_save_part", full)
+        assert main(prune_arguments(tiny_llama, text, tmp_path / "out")) == 1
+    assert "1 blocks are done: run the same again to go on" in caplog.text
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", "--set", "damping=0.5")) == 1
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out")) == 0
+    assert "going on from block 1" in caplog.text
+    found, expected = files_of(tmp_path / "out"), files_of(wanted)
+    assert [name for name in expected if found[name] != expected[name]] in ([], ["sparsity_report.json"])
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}

@@ -52,10 +52,10 @@ class Plan:
         }
 
     @contextlib.contextmanager
-    def onload(self, block: nn.Module) -> Iterator[None]:
+    def onload(self, block: nn.Module, keep: bool = True) -> Iterator[None]:
         """`placement.onload`, and inside the fused experts of the block are taken apart."""
         fused = {experts.fused: experts for experts in self.experts.values()}
-        with onload(block):
+        with onload(block, keep):
             places = [
                 (parent, key, fused[child])
                 for parent in block.modules()
@@ -72,9 +72,13 @@ class Plan:
                     setattr(parent, key, experts.give_back())
 
     def taken_apart(self, block: nn.Module) -> AbstractContextManager:
-        """`onload` if the block has fused experts; else nothing."""
+        """`onload`, for reading, if the block has fused experts; else nothing."""
         fused = {experts.fused for experts in self.experts.values()}
-        return self.onload(block) if any(module in fused for module in block.modules()) else contextlib.nullcontext()
+        return (
+            self.onload(block, keep=False)
+            if any(module in fused for module in block.modules())
+            else contextlib.nullcontext()
+        )
 
 
 def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -287,11 +291,19 @@ class _Recorded(Exception):
 
 
 @torch.no_grad()
-def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: list[dict[str, Tensor]]) -> Calls:
+def record_calls(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: list[dict[str, Tensor]],
+    hidden: Any = None,
+) -> Calls:
     """What the model calls each of its blocks with on each batch, without running them.
 
     Every block gets its own arguments: some models give each layer its own mask and position embeddings. Arguments
     that are equal for two batches are kept once.
+
+    Args:
+        hidden: empty `Tensors` with `append`, in place of a list, for the inputs of the first block.
     """
     problem = (
         f"{type(model).__name__} did not call each of its {len(blocks)} blocks once per batch: its blocks cannot be "
@@ -300,7 +312,7 @@ def record_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: l
     if len(set(blocks)) != len(blocks):
         raise ValueError(problem)
     returns_tuple = _returns_tuple(model, blocks, batches[0])
-    hidden: list[Tensor] = []
+    hidden = [] if hidden is None else hidden
     arguments: list[list[tuple[tuple, dict[str, Any]]]] = [[] for _ in blocks]
     keep: list[Tensor | None] = []
     device = execution_device(model.get_input_embeddings())

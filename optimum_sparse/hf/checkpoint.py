@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
@@ -38,10 +38,44 @@ def read_report(directory: Path) -> PruningReport | None:
 
 def write_report(directory: str | os.PathLike, report: PruningReport) -> None:
     """Write the report beside a checkpoint: whole or not at all."""
-    path = Path(directory) / REPORT_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(report.to_json(), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomically(Path(directory) / REPORT_FILE) as temporary:
+        temporary.write_text(report.to_json(), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A file to write, which is at `path`, and safe from a crash, once the context ends without an error.
+
+    Raises:
+        OSError: it could not be written; what was at `path` still is.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with writing(path):
+            yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises OSError for what safetensors and torch raise when a disk is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def sync(path: Path) -> None:
+    """A file's content, or which files a folder holds, are on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -54,10 +88,7 @@ def new_directory(output: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: `output` exists and is not an empty folder.
     """
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"output {str(target)!r} exists and is not an empty folder: choose another, or remove it."
-        )
+    check_new(target)
     exists = target.exists()
     inside = target if exists else target.parent  # an existing folder may be a mount or a link, and stays
     inside.mkdir(parents=True, exist_ok=True)
@@ -74,6 +105,14 @@ def new_directory(output: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_new(output: Path, besides: str = "") -> None:
+    """Raise FileExistsError unless `output` can be made: it is nothing, or a folder with nothing but `besides`."""
+    if output.exists() and (not output.is_dir() or any(path.name != besides for path in output.iterdir())):
+        raise FileExistsError(
+            f"output {str(output)!r} exists and is not an empty folder: choose another, or remove it."
+        )
 
 
 def export_dense(source: str, output: str | os.PathLike, **loading: Any) -> None:
@@ -179,10 +218,14 @@ def _safetensors(directory: Path) -> list[Path]:
 
 
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, Header]:
-    """{tensor name on disk: header}. No tensor is read."""
+    """{tensor name on disk: header}. No tensor is read. Raises OSError, naming the file, for one that is damaged."""
     headers = {}
     for file in files:
-        with safe_open(file, "pt") as stored:
+        try:
+            opened = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise OSError(f"{file} cannot be read: {error}.") from error
+        with opened as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 part = stored.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def onload(block: nn.Module) -> Iterator[None]:
+def onload(block: nn.Module, keep: bool = True) -> Iterator[None]:
     """Every offloaded weight of `block` is present inside; on leaving, the values then in place are offloaded again.
 
     CPU-offloaded weights are replaced in the map that accelerate reads from. Disk-offloaded ones are written to the
     offload folder; the files the model was loaded from are never touched, although accelerate's index may point into
     them. Without accelerate hooks nothing is done.
+
+    Args:
+        keep: False: what was written to offloaded weights is dropped on leaving.
     """
     offloaded = [(module, hook) for module in block.modules() if (hook := _offload_hook(module)) is not None]
     for module, hook in offloaded:
@@ -27,10 +30,11 @@ def onload(block: nn.Module) -> Iterator[None]:
     finally:
         for module, hook in offloaded:
             hook.offload = True
-            for name, tensor in named_module_tensors(
-                module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules
-            ):
-                _store(hook.weights_map, name, tensor)
+            if keep:
+                for name, tensor in named_module_tensors(
+                    module, include_buffers=hook.offload_buffers, recurse=hook.place_submodules
+                ):
+                    _store(hook.weights_map, name, tensor)
             hook.post_forward(module, None)
 
 

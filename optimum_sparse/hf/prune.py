@@ -1,10 +1,11 @@
-"""Prune a transformers model that is in memory (or offloaded): plan, calibrate, record, run the loop."""
+"""Prune a transformers model, in memory or offloaded: plan, calibrate, record, run the loop."""
 
 import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
 from ..pipeline import Block, Calls, Objective, Reconstruction, Sensitivity, prune_blocks
-from ..report import PruningReport
+from ..report import LayerReport, PruningReport
 from .blocks import full_name, is_linear, make_plan, module_names, record_calls
+from .journal import Journal
 from .placement import execution_device
 from .sensitivity import fisher
 
@@ -33,12 +35,17 @@ def prune_model(
     tokenizer: Any = None,
     dataset: Any = None,
     method: Method | None = None,
+    journal: Journal | None = None,
+    save_block: Callable[[Block, SparsityConfig], list[str]] | None = None,
 ) -> tuple[SparsityConfig, PruningReport]:
     """Prune `model` in place.
 
     Args:
         dataset: in place of config.dataset; may also be a DataLoader.
         method: in place of the one that config.method names.
+        journal: keeps what is done, and knows what an earlier run has done.
+        save_block: saves a finished block, which is then dropped, following the config as it is to be stored so far;
+            returns the names of the files. Goes with `journal`.
 
     Returns:
         The config as it is to be stored (layers that could not be pruned are "dense" in it), and the report.
@@ -62,12 +69,15 @@ def prune_model(
         config.fisher = False
     plan = make_plan(model, config)
     report = PruningReport(method=name)
+    kept = _computed if journal is None else journal.kept
+    before = {} if journal is None else journal.seconds
 
     @contextlib.contextmanager
     def phase(name: str) -> Iterator[None]:
         started = time.perf_counter()
+        report.seconds[name] = before.get(name, 0.0)
         yield
-        report.seconds[name] = time.perf_counter() - started
+        report.seconds[name] += time.perf_counter() - started
 
     with _evaluating(model):
         calls: Calls | None = None
@@ -75,25 +85,46 @@ def prune_model(
         sensitivity: Sensitivity | None = None
         if method.needs > Needs.NOTHING or measures_layers(config):
             with phase("calibration data"):
-                batches = _batches(model, config, data, tokenizer)
-                calls = record_calls(model, [block.module for block in plan.blocks], batches)
+                batches = kept("tokens", lambda: _batches(model, config, data, tokenizer))
+                hidden = None if journal is None else journal.hidden()
+                calls = record_calls(model, [block.module for block in plan.blocks], batches, hidden)
             _check_calls(calls, asked, config)
             if method.needs is Needs.GRAM:
                 _check_amount(batches, plan.blocks)
             if config.fisher or ((config.allocation == "error" or config.denser) and has_likelihood):
                 with phase("sensitivity"):
-                    sensitivity = fisher(model, plan.blocks, batches, config.seed, plan.taken_apart)
+                    saving = contextlib.nullcontext if journal is None else journal.saving
+                    found = kept(
+                        "sensitivity",
+                        lambda: vars(fisher(model, plan.blocks, batches, config.seed, plan.taken_apart, saving)),
+                    )
+                    sensitivity = Sensitivity(**found)
         if config.allocation != "uniform" or config.denser:
             with phase("allocation"):
-                chosen = allocate(config, plan.blocks, calls, sensitivity, plan.onload, full_name(model))
-            config.allocated = chosen
+                measuring = partial(plan.onload, keep=False)
+                config.allocated = kept(
+                    "allocation",
+                    lambda: allocate(config, plan.blocks, calls, sensitivity, measuring, full_name(model)),
+                )
             plan = make_plan(model, config)
         with phase("pruning"):
-            layers = prune_blocks(
+            started = time.perf_counter()
+
+            def finished(index: int, found: list[LayerReport]) -> None:
+                assert journal is not None
+                assert save_block is not None
+                layers = plan.skipped + journal.layers + found
+                shards = save_block(plan.blocks[index], _as_stored(model, config, described, layers))
+                seconds = report.seconds | {"pruning": before.get("pruning", 0.0) + time.perf_counter() - started}
+                journal.end_block(found, shards, calls, seconds)
+
+            if journal is not None and calls is not None:
+                journal.go_on(calls)
+            layers = ([] if journal is None else list(journal.layers)) + prune_blocks(
                 plan.blocks,
                 calls,
                 method,
-                plan.onload,
+                partial(plan.onload, keep=journal is None),
                 objective=Objective(
                     staged=bool(config.staged),
                     input_shift=config.input_shift or 0.0,
@@ -104,17 +135,32 @@ def prune_model(
                 reconstruction=(
                     _reconstruction(model, config, plan.blocks, batches) if config.refine == "reconstruct" else None
                 ),
+                start=0 if journal is None else journal.start,
+                finished=None if journal is None else finished,
             )
+    layers += plan.skipped
     order = {name: number for number, name in enumerate(module_names(model))}
-    report.layers = sorted(layers + plan.skipped, key=lambda layer: order[layer.name])
+    report.layers = sorted(layers, key=lambda layer: order[layer.name])
+    return _as_stored(model, config, described, layers), report
+
+
+def _computed(name: str, compute: Callable[[], Any]) -> Any:
+    """What a journal would keep."""
+    return compute()
+
+
+def _as_stored(
+    model: PreTrainedModel, config: SparsityConfig, described: str, layers: list[LayerReport]
+) -> SparsityConfig:
+    """The config of a checkpoint: data is described, and linears that could not be pruned are dense by name."""
     stored = copy.copy(config)
     stored.dataset = described
     linears = {name for name, module in model.named_modules() if is_linear(module)}
-    left_out = [layer.name for layer in report.skipped if layer.name in linears]
+    left_out = [layer.name for layer in layers if layer.skipped is not None and layer.name in linears]
     stored.layers = config.layers | {
         name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)
     }
-    return stored, report
+    return stored
 
 
 def measures_layers(config: SparsityConfig) -> bool:

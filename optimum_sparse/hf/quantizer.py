@@ -1,14 +1,14 @@
 """The plug into transformers' loading and saving: prune on load, load dense or compressed, save compressed."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -42,12 +42,24 @@ class SparsityQuantizer(HfQuantizer):
         self._tokenizer: Any = None
         self._plan = Plan([], [])  # of what is being loaded
         self._decompress = Decompress(self._plan)
+        self._part: Callable[[str], bool] | None = None
 
     @classmethod
-    def attach(cls, model: PreTrainedModel, config: SparsityConfig, report: PruningReport | None) -> None:
-        """Make `model`, which follows `config`, save itself compressed."""
+    def attach(
+        cls,
+        model: PreTrainedModel,
+        config: SparsityConfig,
+        report: PruningReport | None,
+        part: Callable[[str], bool] | None = None,
+    ) -> None:
+        """Make `model`, which follows `config`, save itself compressed.
+
+        Args:
+            part: of the state dict's names, those to save; None: all.
+        """
         quantizer = cls(config)
         quantizer.report = report
+        quantizer._part = part
         model.hf_quantizer = quantizer
         quantizer._mark(model)
 
@@ -60,7 +72,7 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError("sparse models cannot be loaded with tensor parallelism yet: use device_map instead.")
         if not self.pre_quantized:
             make_plan(model, self.quantization_config)  # what cannot be pruned shows before weights are loaded
-            self._tokenizer = load_tokenizer(model) if needs_tokenizer(self.quantization_config) else None
+            self._tokenizer = load_tokenizer(model.config) if needs_tokenizer(self.quantization_config) else None
             return
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(f"a sparse checkpoint is read from .safetensors files, got {checkpoint_files}.")
@@ -166,6 +178,11 @@ class SparsityQuantizer(HfQuantizer):
         if _would_be_merged(model, plan):
             model._weight_conversions = []
         state = _stored_state(model)
+        experts = plan.experts
+        if self._part is not None:
+            state = {name: tensor for name, tensor in state.items() if self._part(name)}
+            linears = {name: linear for name, linear in linears.items() if self._part(f"{name}.weight")}
+            experts = {name: part for name, part in experts.items() if self._part(f"{name}.weight")}
 
         def put(name: str, weight: Tensor) -> None:
             """A matrix [out, in], compressed if it was pruned."""
@@ -182,13 +199,13 @@ class SparsityQuantizer(HfQuantizer):
                 weight = state.pop(f"{name}.weight")
                 weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
                 put(name, weight.T if linear.transposed else weight)
-        for name, experts in plan.experts.items():
-            for key in experts.matrices:
+        for name, apart in experts.items():
+            for key in apart.matrices:
                 weight = state[f"{name}.{key}"]
-                weight = offloaded_weight(experts.fused, key) if weight.is_meta else weight
-                state[f"{name}.{key}"] = experts.get_buffer(key)
+                weight = offloaded_weight(apart.fused, key) if weight.is_meta else weight
+                state[f"{name}.{key}"] = apart.get_buffer(key)
                 for number, part in enumerate(weight):
-                    put(f"{name}.{number}.{key}", part.T if experts.fused.is_transposed else part)
+                    put(f"{name}.{number}.{key}", part.T if apart.fused.is_transposed else part)
         if not hasattr(model, "hf_device_map"):  # transformers brings back only what it offloaded itself
             for name, tensor in state.items():
                 if tensor.is_meta:
@@ -343,15 +360,15 @@ def needs_tokenizer(config: SparsityConfig) -> bool:
     return reads_text and (config.build_method().needs > Needs.NOTHING or measures_layers(config))
 
 
-def load_tokenizer(model: PreTrainedModel, **kwargs: Any) -> Any:
-    """The tokenizer beside the model's weights, or None if there is none.
+def load_tokenizer(config: PreTrainedConfig, **kwargs: Any) -> Any:
+    """The tokenizer beside the weights of the model with this config, or None if there is none.
 
     `kwargs`: what the model was loaded with that concerns the hub.
     """
-    source = model.config.name_or_path
+    source = config.name_or_path
     if not source:
         return None
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = getattr(config, "_commit_hash", None)
     try:
         return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}) | kwargs)
     except (OSError, ValueError):

@@ -29,6 +29,7 @@ def fisher(
     batches: list[dict[str, Tensor]],
     seed: int,
     onload: Callable[[nn.Module], AbstractContextManager] = contextlib.nullcontext,
+    saving: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> Sensitivity:
     """Squared gradients of the dense model's own log-likelihood (Fisher information), by linear and by block.
 
@@ -39,6 +40,7 @@ def fisher(
     Args:
         batches: what the model is called with; `tokens` of the result follows them.
         onload: context around each forward pass of a block.
+        saving: context in which the inputs of a block are saved for the backward pass.
 
     Raises:
         ValueError: a model without a head; logits or gradients that are not finite.
@@ -71,7 +73,7 @@ def fisher(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_activations(model))
         stack.enter_context(set_checkpoint_early_stop(False))  # or offloaded weights stay where they were brought
-        stack.enter_context(replaced_forwards([block.module for block in blocks], _recomputed(blocks, onload)))
+        stack.enter_context(replaced_forwards([block.module for block in blocks], _recomputed(blocks, onload, saving)))
         for block in blocks:
             stack.callback(block.module.register_forward_hook(hook(block.name, False)).remove)
             for linear in block.linears:
@@ -136,7 +138,7 @@ def _parts(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.devic
         yield {name: part.to(device) for name, part in zip(names, parts, strict=True)}
 
 
-def _recomputed(blocks: list[Block], onload: Callable) -> Callable[[int], Callable]:
+def _recomputed(blocks: list[Block], onload: Callable, saving: Callable) -> Callable[[int], Callable]:
     """Forward passes that keep nothing for the backward pass but their inputs."""
     forwards = [block.module.forward for block in blocks]
 
@@ -147,7 +149,8 @@ def _recomputed(blocks: list[Block], onload: Callable) -> Callable[[int], Callab
                 return forwards[index](*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(onloaded, *args, use_reentrant=False, **kwargs)
+            with saving():
+                return checkpoint(onloaded, *args, use_reentrant=False, **kwargs)
 
         return forward
 

@@ -7,6 +7,7 @@ too many experts), and one fp32 matrix being solved.
 """
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from ..kernels.precision import fast_forward
 from ..methods import Method
 from ..report import LayerReport
 from .observe import Evidence, collect, find_layout, token_weights
-from .parts import Block, Calls, Linear, Sensitivity, dense_weights
+from .parts import Block, Calls, Linear, Sensitivity, Tensors, dense_weights
 from .reconstruct import Reconstruction, reconstruct
 
 
@@ -65,6 +66,8 @@ def prune_blocks(
     objective: Objective = Objective(),
     reconstruction: Reconstruction | None = None,
     description: str = "Pruning",
+    start: int = 0,
+    finished: Callable[[int, list[LayerReport]], None] | None = None,
 ) -> list[LayerReport]:
     """Prune all linears of all blocks in place, in order.
 
@@ -75,6 +78,12 @@ def prune_blocks(
         onload: context that makes a block's weights present and keeps what was written to them.
         objective: what each linear is asked for.
         reconstruction: train each block's kept weights when its linears are solved.
+        start: the first block to prune; `calls` hold its inputs.
+        finished: called with the number and the reports of each block when it is done, while its weights are present
+            and `calls` hold the inputs of the next one: to keep what a later run with `start` needs.
+
+    Returns:
+        The reports of the blocks from `start` on.
 
     Raises:
         ValueError: inputs that are not finite, or a Gram matrix that has no factor, naming the layer.
@@ -84,40 +93,44 @@ def prune_blocks(
     if objective.needs_dense_path and method.needs < Needs.GRAM:
         raise ValueError(f"input_shift and residual_shift need a method that sees Gram matrices, not {method}.")
     follow = calls is not None and (objective.needs_dense_path or reconstruction is not None)
-    dense_hidden = list(calls.hidden) if calls is not None and follow else None
+    if calls is not None and follow and calls.dense_hidden is None:
+        calls.dense_hidden = copy.copy(calls.hidden)
+    dense_hidden = calls.dense_hidden if calls is not None and follow else None
     reports: list[LayerReport] = []
     try:
-        progress = tqdm(blocks, desc=description, unit="block")
-        for index, block in enumerate(progress):
+        progress = tqdm(blocks[start:], desc=description, unit="block", initial=start, total=len(blocks))
+        for index, block in enumerate(progress, start):
             with onload(block.module):
                 dense = [linear.weight.data for linear in block.linears]
                 found, keeps = _prune_block(block, index, calls, method, objective, dense, dense_hidden)
                 reports += found
-                if calls is None:
-                    continue
-                if dense_hidden is not None and (reconstruction is not None or index + 1 < len(blocks)):
-                    with dense_weights(block.linears, dense):
-                        _advance(block, index, calls, dense_hidden)
-                if dense_hidden is not None and reconstruction is not None and keeps:
-                    weights = token_weights([block], objective.sensitivity, calls)
-                    losses = reconstruct(block, index, calls, dense_hidden, keeps, weights, reconstruction)
-                    progress.set_postfix_str("block error {:.4f} -> {:.4f}".format(*losses))
-                    for report in found:
-                        if report.skipped is None:
-                            report.block_error = list(losses)
-                if index + 1 < len(blocks):
-                    _advance(block, index, calls, calls.hidden)
-                calls.arguments[index] = []
+                if calls is not None:
+                    if dense_hidden is not None and (reconstruction is not None or index + 1 < len(blocks)):
+                        with dense_weights(block.linears, dense):
+                            _advance(block, index, calls, dense_hidden)
+                    if dense_hidden is not None and reconstruction is not None and keeps:
+                        weights = token_weights([block], objective.sensitivity, calls)
+                        losses = reconstruct(block, index, calls, dense_hidden, keeps, weights, reconstruction)
+                        progress.set_postfix_str("block error {:.4f} -> {:.4f}".format(*losses))
+                        for report in found:
+                            if report.skipped is None:
+                                report.block_error = list(losses)
+                    if index + 1 < len(blocks):
+                        _advance(block, index, calls, calls.hidden)
+                    calls.arguments[index] = []
                 if reconstruction is not None and reconstruction.arguments is not None:
                     reconstruction.arguments[index] = []
+                if finished is not None:
+                    finished(index, found)
+                del dense, keeps  # or they would be there beside the next block
     except BaseException:
-        if any(report.skipped is None for report in reports):
+        if finished is None and any(report.skipped is None for report in reports):
             warnings.warn("pruning stopped half-way, and the model is a mixture now: load it again.", stacklevel=2)
         raise
     return reports
 
 
-def _advance(block: Block, index: int, calls: Calls, hidden: list[Tensor]) -> None:
+def _advance(block: Block, index: int, calls: Calls, hidden: Tensors) -> None:
     """The block's outputs in place of its inputs `hidden`, for every batch."""
     with fast_forward(hidden[0]):
         for batch, x in enumerate(hidden):
@@ -131,7 +144,7 @@ def _prune_block(
     method: Method,
     objective: Objective,
     dense: list[Tensor],
-    dense_hidden: list[Tensor] | None,
+    dense_hidden: Tensors | None,
 ) -> tuple[list[LayerReport], dict[str, Tensor]]:
     """Reports in the order of block.linears, and by name the masks of what was pruned."""
     reports: dict[str, LayerReport] = {}

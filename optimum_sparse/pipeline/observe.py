@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core import CrossStats, InputStats, Needs
 from ..kernels.precision import as_multiplied
-from .parts import Block, Calls, Linear, Sensitivity, dense_weights
+from .parts import Block, Calls, Linear, Sensitivity, Tensors, dense_weights
 
 
 FISHER_POWER = 0.5  # of token weights: 1 follows a few tokens too closely (measured worse)
@@ -110,7 +110,7 @@ def collect(
     calls: Calls,
     needs: Needs,
     *,
-    dense: tuple[list[Tensor], list[Tensor]] | None = None,
+    dense: tuple[list[Tensor], Tensors] | None = None,
     sensitivity: Sensitivity | None = None,
 ) -> list[Evidence]:
     """Evidence of each of `groups`; where no token came by, `stats.tokens` is 0.

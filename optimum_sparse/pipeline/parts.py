@@ -1,9 +1,10 @@
 """What a model is to the loop: blocks, the matrices in them, and what the blocks are called with."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,18 @@ class Block:
     linears: list[Linear]
 
 
+class Tensors(Protocol):
+    """For each batch a tensor: a list, or something that keeps them elsewhere than in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __getitem__(self, batch: int, /) -> Tensor: ...
+
+    def __setitem__(self, batch: int, x: Tensor, /) -> None: ...
+
+
 @dataclass
 class Calls:
     """What the blocks are called with, recorded once from the model itself.
@@ -72,12 +85,14 @@ class Calls:
         arguments: [block][batch] -> (further positional arguments, keyword arguments) of that block.
         keep: for each batch the bool [batch, tokens] of tokens that are not padding, or None if all are real.
         share_state: blocks get the same mutable object (keys and values of other blocks, say).
+        dense_hidden: what `hidden` would be if no block had been pruned; None until that is followed.
     """
 
-    hidden: list[Tensor]
+    hidden: Tensors
     arguments: list[list[tuple[tuple, dict[str, Any]]]]
     keep: list[Tensor | None] = field(default_factory=list)
     share_state: bool = False
+    dense_hidden: Tensors | None = None
 
     def run(self, block: Callable, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """The output of block number `index` on one batch, or on other inputs in place of the batch's own."""
@@ -87,7 +102,7 @@ class Calls:
 
     def copy(self) -> "Calls":
         """For another run from the same inputs: `prune_blocks` uses its calls up."""
-        return Calls(list(self.hidden), list(self.arguments), self.keep, self.share_state)
+        return Calls(copy.copy(self.hidden), list(self.arguments), self.keep, self.share_state)
 
     def real_tokens(self, x: Tensor, batch: int, name: str, which: Tensor | None = None) -> Tensor:
         """x [..., n] of one batch as [tokens, n], without padding.

@@ -1,0 +1,205 @@
+"""From disk to disk: a model that may be larger than the memory is loaded, pruned and saved one block at a time.
+
+transformers puts the decoder blocks "on disk", which leaves them in the checkpoint's own files; these are only read.
+The loop brings each in through `onload`, as it does for any offloaded model, and what comes out is a shard before the
+block goes. `Journal` keeps what a later run needs to go on.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..config import SparsityConfig
+from ..pipeline import Block
+from ..version import __version__
+from .blocks import find_blocks
+from .checkpoint import atomically, read_headers, sync, writing
+from .integration import HUB_ARGUMENTS
+from .journal import Journal
+from .prune import prune_model
+from .quantizer import SparsityQuantizer
+
+
+logger = logging.getLogger(__name__)
+
+
+def stream(
+    source: str | os.PathLike,
+    config: SparsityConfig,
+    output: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+    device_map: str | None = None,
+    **loading: Any,
+) -> None:
+    """Prune the model at `source`, an id or a path, to the new folder `output`; or go on where such a run has ended.
+
+    The tensors are those that `prune_model` and `save_pretrained` give, to the bit, in one shard (or more) per block.
+    In memory are embeddings, norms and head, one block, and hidden states up to a limit.
+
+    Args:
+        device_map: the device that computes; "auto": the GPU if there is one; None: the CPU.
+        loading: further arguments of `from_pretrained`.
+
+    Raises:
+        FileExistsError: `output` exists and is not an empty folder.
+        ValueError: an unfinished run there had another recipe or model, naming the differences.
+        OSError: a file that cannot be read or written. Finished blocks are kept, for the next run.
+    """
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(torch.device(device_map or "cpu"))
+    hub = {name: loading[name] for name in HUB_ARGUMENTS if name in loading}
+    model_config = loading.get("config") or AutoConfig.from_pretrained(source, **hub)
+    settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
+    manifest = {
+        "recipe": config.to_dict(),
+        "model": {"config": json.loads(model_config.to_json_string(use_diff=False)), "files": _files(source, hub)},
+        "settings": settings | {"device": device, "max_shard_size": max_shard_size},
+        "versions": {
+            "optimum_sparse": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    journal = Journal(output, manifest)
+    if not journal.complete:
+        try:
+            if journal.start:
+                logger.warning("%s holds an unfinished run: going on from block %d.", journal.folder, journal.start)
+            model = _load(source, model_config, config.block_name, device, journal.scratch / "offload", loading)
+            _prune(model, config, tokenizer, journal, max_shard_size)
+        except BaseException:
+            remains = journal.fail()
+            if remains is not None:
+                logger.warning(remains)
+            raise
+    journal.publish()
+
+
+def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | None:
+    """Size and age of the weights in a folder. On the hub, the commit in the model's config says which they are."""
+    folder = Path(source, hub.get("subfolder") or "")
+    if not folder.is_dir():
+        return None
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    read_headers(path for path in found if path.suffix == ".safetensors")  # damaged ones show before any work
+    return {
+        path.name: f"{path.stat().st_size} bytes of {datetime.fromtimestamp(path.stat().st_mtime).isoformat()}"
+        for path in found
+    }
+
+
+def _load(
+    source: str | os.PathLike,
+    model_config: PreTrainedConfig,
+    block_name: str | None,
+    device: str,
+    folder: Path,
+    loading: dict[str, Any],
+) -> PreTrainedModel:
+    """The model with its decoder blocks left on disk and all else on `device`.
+
+    `folder` gets those weights that transformers stores otherwise than it computes with them (experts, mostly).
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model_config, trust_remote_code=loading.get("trust_remote_code"))
+    prefix, blocks = find_blocks(skeleton, block_name)
+    places = {f"{prefix}.{number}": "disk" for number in range(len(blocks))}
+    owner: nn.Module = skeleton
+    path = ""
+    for part in prefix.split("."):
+        beside = [name for name, _ in (*owner.named_children(), *owner.named_parameters(recurse=False))]
+        places |= {f"{path}{name}": device for name in beside if name != part}
+        owner, path = getattr(owner, part), f"{path}{part}."
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(source, **loading, device_map=places, offload_folder=folder)
+
+
+def _prune(
+    model: PreTrainedModel, config: SparsityConfig, tokenizer: Any, journal: Journal, max_shard_size: int | str
+) -> None:
+    """Fill `journal.checkpoint`."""
+    prefix, blocks = find_blocks(model, config.block_name)
+    inside = tuple(f"{prefix}.{number}." for number in range(len(blocks)))
+
+    def save_block(block: Block, stored: SparsityConfig) -> list[str]:
+        SparsityQuantizer.attach(model, stored, None, lambda name: name.startswith(f"{block.name}."))
+        shards = _save_part(model, journal, block.name, max_shard_size)
+        _trim()
+        return shards
+
+    stored, report = prune_model(model, config, tokenizer=tokenizer, journal=journal, save_block=save_block)
+    SparsityQuantizer.attach(model, stored, report, lambda name: not name.startswith(inside))
+    shards = [*journal.shards, *_save_part(model, journal, "rest", max_shard_size)]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(journal.checkpoint)
+    weights: dict[str, str] = {}
+    size = 0
+    for number, shard in enumerate(shards, 1):
+        path = journal.checkpoint / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if not path.exists():  # a run may have ended in this loop
+            os.replace(journal.checkpoint / shard, path)
+        headers = read_headers([path])
+        weights |= dict.fromkeys(headers, path.name)
+        size += sum(header.bytes for header in headers.values())
+    index = {"metadata": {"total_parameters": model.num_parameters(), "total_size": size}, "weight_map": weights}
+    with atomically(journal.checkpoint / "model.safetensors.index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save_part(model: PreTrainedModel, journal: Journal, name: str, max_shard_size: int | str) -> list[str]:
+    """Save, as `save_pretrained` does, the part of the model that its quantizer names. Returns the shards' names."""
+    shards: list[str] = []
+    with tempfile.TemporaryDirectory(dir=journal.scratch) as folder:
+        with writing(journal.checkpoint / name), _quiet():
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for path in sorted(Path(folder).iterdir()):
+            target = path.name
+            if path.suffix == ".safetensors":
+                target = f"{name}-{len(shards):05d}.safetensors"
+                shards.append(target)
+            if not target.endswith(".index.json"):  # of this part alone
+                sync(path)
+                os.replace(path, journal.checkpoint / target)
+    sync(journal.checkpoint)
+    return shards
+
+
+def _trim() -> None:
+    """Give freed memory back to the system: glibc keeps it in pieces, of which every block leaves more."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for every file that transformers writes, no warning that blocks are on disk, as they should."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    accelerate = logging.getLogger("accelerate.big_modeling")
+    level = accelerate.level
+    transformers_logging.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            yield
+    finally:
+        accelerate.setLevel(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
