@@ -75,7 +75,10 @@ CASES = {
     "trained, allocated": ("llama", make_config("admm", "unstructured", allocation="error", **TRAINED)),
     "owl": ("qwen3", make_config("wanda", "unstructured", allocation="owl", ignore=["k_proj"])),
     "denser": ("llama", make_config("sparsegpt", denser={"dense": 0.2})),
-    "experts": ("mixtral", make_config("sparsegpt", ignore=["experts"])),
+    "dense experts": ("mixtral", make_config("sparsegpt", ignore=["experts"])),
+    "Mixtral": ("mixtral", make_config("sparsegpt")),
+    "Qwen3-MoE": ("qwen3_moe", make_config("admm", "unstructured", allocation="error")),
+    "gpt-oss": ("gpt_oss", make_config("wanda", layers={"experts.1.down_proj": "dense"})),
 }
 
 
