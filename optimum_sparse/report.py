@@ -109,7 +109,9 @@ class PruningReport:
             reasons.setdefault(f"left dense, {layer.skipped}", []).append(layer.name)
         for layer in self.pruned:
             if layer.too_few_routed:
-                reasons.setdefault("fewer routed tokens than inputs, so all tokens of the layer were used", []).append(layer.name)
+                reasons.setdefault("fewer routed tokens than inputs, so all tokens of the layer were used", []).append(
+                    layer.name
+                )
         for reason, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"{reason}: {', '.join(names[:3])}{more}")
