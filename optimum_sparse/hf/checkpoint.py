@@ -243,7 +243,8 @@ def stored_matrices(
         conversions: transformers' conversions for this model and load; only renamings concern pruned weights.
     """
     renamings = [copy.deepcopy(c) for c in conversions if isinstance(c, WeightRenaming)]  # they note their use
-    names = model.state_dict() | {f"{name}.weight": name for name in module_names(model)}
+    modules = dict(model.named_modules())
+    names = model.state_dict() | {f"{name}.weight": name for name in module_names(model) if name not in modules}
     stored: dict[str, dict[str, Header]] = {}
     for name in sorted(headers, key=dot_natural_key):  # in transformers' order: some renamings depend on it
         owner, _, key = name.rpartition(".")
