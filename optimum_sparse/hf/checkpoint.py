@@ -1,4 +1,7 @@
-"""The only file input and output: reports beside checkpoints, what a checkpoint holds, dense export."""
+"""What is read from and written to files: reports beside checkpoints, what a checkpoint holds, dense export.
+
+Only this module, `journal` and `streaming` do file input and output.
+"""
 
 import contextlib
 import copy
