@@ -238,22 +238,24 @@ def run(output, moment=0):
     pid = os.fork()
     if pid == 0:
         child(output, moment)
-    if kind == "time" and moment:
-        time.sleep(moment)
+    if kind == "time" and moment:  # some time after that many blocks are done
+        done = output.with_name(f".{output.name}.unfinished") / "state" / f"block-{moment - 1:05d}.json"
+        for _ in range(30000):  # and no longer, if it has failed
+            if done.exists():
+                break
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-started = time.perf_counter()
 assert run(folder / "whole") == 0
-seconds = time.perf_counter() - started
 killed = 0
 for attempt in range(int(sys.argv[6])):
     output = folder / f"out{attempt}"
     if exists:
         output.mkdir()
-    for _ in range(4):  # killed several times on its way
-        moment = random.uniform(0.05, 1) * seconds if kind == "time" else random.randint(1, 120)
-        code = run(output, moment)
+    for blocks in (1, 2, 3):  # killed several times on its way
+        code = run(output, blocks if kind == "time" else random.randint(1, 120))
         killed += code == -signal.SIGKILL
         if code == 0:
             break
