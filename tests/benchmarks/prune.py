@@ -13,6 +13,7 @@ import time
 
 import torch
 import transformers
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import optimum_sparse
@@ -72,7 +73,7 @@ def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern
     cuda = args.device.startswith("cuda")
     config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
     ids = torch.randint(model.config.vocab_size, (samples, args.tokens), generator=torch.Generator().manual_seed(1))
-    data = [{"input_ids": part} for part in ids.split(args.batch)]
+    data = DataLoader([{"input_ids": part} for part in ids.split(args.batch)], batch_size=None)
     gc.collect()
     before = 0
     if cuda:
