@@ -58,7 +58,7 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         if isinstance(pattern, Unstructured)
         else weight.numel() // pattern.group * pattern.kept
     )
-    if int(keep.sum(dtype=torch.int64)) < kept:  # else no zero is kept, and nothing has to be chosen
+    if int(keep.count_nonzero()) < kept:  # else no zero is kept, and nothing has to be chosen
         keep = keep_mask(keep.to(torch.uint8), pattern)
     if isinstance(pattern, NM):
         values = weight[keep].reshape(len(weight), -1)
