@@ -3,6 +3,7 @@
 import copy
 import json
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM
 
 from optimum_sparse import Pruner, SparsityConfig
+from optimum_sparse.config import PAPER
 from optimum_sparse.core import InputStats, Needs, Solved, keep_mask
 
 
@@ -174,6 +176,63 @@ def test_the_batch_size_only_changes_rounding(method, tiny_llama):
         errors.append([layer.error for layer in pruner.report.layers])
     for error in errors[1:]:
         assert error == pytest.approx(errors[0], rel=1e-2)
+
+
+def fitting(model, limit: int, start: int = 0):
+    """Blocks from `start` on run out of memory with more than `limit` sequences."""
+
+    def checked(forward, x, *args, **kwargs):
+        if len(x) > limit and x.shape[1] > 4:  # a few tokens show what the block returns
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(x, *args, **kwargs)
+
+    for block in model.model.layers[start:]:
+        block.forward = partial(checked, block.forward)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "padded"),
+    [
+        (PAPER, 0, True),
+        ({}, 0, False),
+        ({}, 1, True),
+        ({"refine": "reconstruct"}, 1, False),
+        ({"method": "wanda"}, 0, True),
+    ],
+    ids=str,
+)
+def test_out_of_memory_halves_the_batch_and_says_so(changes, start, padded, caplog):
+    ids = torch.randint(3, 200, (7, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, 15:] = mask[6, 5:] = 0
+    models = []
+    for size, limit in ((2, 7), (7, 3)):
+        batches = [
+            {"input_ids": part} | ({"attention_mask": of_part} if padded else {})
+            for part, of_part in zip(ids.split(size), mask.split(size), strict=True)
+        ]
+        model = fitting(make_model("llama"), limit, start)
+        Pruner(model).prune(
+            SparsityConfig(**{"method": "sparsegpt", "damping": 0.1, **changes}),
+            dataset=DataLoader(batches, batch_size=None),
+        )
+        models.append(model)
+    messages = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    once = ["out of memory with 7 sequences at a time: going on with 4.", messages[-1]]
+    assert messages[:2] == once
+    assert once[1] == "out of memory with 4 sequences at a time: going on with 2."
+    assert len(messages) in (2, 4), "once for the backward pass and once for the blocks"
+    for name, parameter in models[1].named_parameters():
+        torch.testing.assert_close(parameter, models[0].get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_a_single_sequence_that_does_not_fit_is_an_error_with_advice(fisher):
+    with pytest.raises(torch.OutOfMemoryError, match=r"a single sequence .*batch_size=.*sequence_length=.*device_map"):
+        Pruner(fitting(make_model("llama"), 0)).prune(
+            SparsityConfig(fisher=fisher, sequence_length=24, num_samples=4), dataset=torch.randint(3, 200, (4, 24))
+        )
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([[1, 200]]), torch.tensor([[-1, 3]])])

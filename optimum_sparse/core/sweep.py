@@ -52,11 +52,22 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(reversed_gram)
     if failed:
         raise NotPositiveDefinite(
-            f"the Gram matrix of the inputs is not positive definite with damping={damping:g}: raise the damping "
-            f"(say, to {max(10 * damping, 0.01):g}) or use more calibration tokens."
+            f"the Gram matrix of the inputs is not positive definite with damping={damping:g}: "
+            f"{_remedy(reversed_gram, mean, damping)} or use more calibration tokens."
         )
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def _remedy(matrix: Tensor, mean: Tensor, damping: float) -> str:
+    """The least of 10, 100 ... times `damping` (of 0.001, if it is less) with which `matrix` has a factor."""
+    first = max(damping, 1e-3)
+    for larger in (first * 10**power for power in range(1, 7)):
+        damped = matrix.clone()
+        damped.diagonal().add_((larger - damping) * mean)
+        if not torch.linalg.cholesky_ex(damped)[1]:
+            return f"damping={larger:g} works, set that"
+    return f"no damping up to {larger:g} works, so look for inputs of extreme size,"
 
 
 def column_sweep(

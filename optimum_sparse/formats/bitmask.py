@@ -19,7 +19,7 @@ its own here (`nn.experts` says under which names).
 import torch
 from torch import Tensor
 
-from ..core import NM, Pattern, Unstructured, keep_top, violation
+from ..core import NM, Pattern, Unstructured, keep_mask, violation
 
 
 SUFFIXES = ("weight_rows", "weight_mask", "weight")
@@ -52,12 +52,17 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
             f"cannot be stored as {pattern}: {problem}. The weights changed after pruning: prune the model again, or "
             "call model.dequantize() to save it dense."
         )
-    nonzero = (weight != 0).to(torch.uint8)
+    keep = weight != 0
+    kept = (
+        pattern.kept(weight.numel())
+        if isinstance(pattern, Unstructured)
+        else weight.numel() // pattern.group * pattern.kept
+    )
+    if int(keep.count_nonzero()) < kept:  # else no zero is kept, and nothing has to be chosen
+        keep = keep_mask(keep.to(torch.uint8), pattern)
     if isinstance(pattern, NM):
-        keep = keep_top(nonzero.reshape(-1, pattern.group), pattern.kept).reshape(weight.shape)
         values = weight[keep].reshape(len(weight), -1)
         return {"weight": values, "weight_mask": pack_bits(keep)}
-    keep = keep_top(nonzero.reshape(1, -1), pattern.kept(weight.numel())).reshape(weight.shape)
     rows = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
     rows[1:] = keep.sum(1).cumsum(0)
     return {"weight": weight[keep], "weight_mask": pack_bits(keep), "weight_rows": rows}

@@ -19,7 +19,7 @@ from ..config import DENSE, SparsityConfig, describe_dataset
 from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
-from ..pipeline import Block, Calls, Objective, Reconstruction, Sensitivity, prune_blocks
+from ..pipeline import Arguments, Block, Calls, Objective, Reconstruction, Sensitivity, prune_blocks
 from ..report import LayerReport, PruningReport
 from .blocks import full_name, is_linear, make_plan, module_names, record_calls
 from .journal import Journal
@@ -88,6 +88,7 @@ def prune_model(
                 batches = kept("tokens", lambda: _batches(model, config, data, tokenizer))
                 hidden = None if journal is None else journal.hidden()
                 calls = record_calls(model, [block.module for block in plan.blocks], batches, hidden)
+                calls.record = partial(_arguments, model, plan.blocks, batches)
             _check_calls(calls, asked, config)
             if method.needs is Needs.GRAM:
                 _check_amount(batches, plan.blocks)
@@ -172,19 +173,31 @@ def _reconstruction(
     model: PreTrainedModel, config: SparsityConfig, blocks: list[Block], batches: list[dict[str, Tensor]]
 ) -> Reconstruction:
     size = config.reconstruction_batch_size
-    small = [
-        dict(zip(batch, parts, strict=True))
-        for batch in batches
-        for parts in zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
-    ]
     return Reconstruction(
         learning_rate=config.reconstruction_learning_rate,
         passes=config.reconstruction_passes,
         samples=config.reconstruction_samples,
         seed=config.seed,
         batch_size=size,
-        arguments=record_calls(model, [block.module for block in blocks], small).arguments,
+        arguments=_arguments(model, blocks, batches, size),
     )
+
+
+class _Shapes(list):
+    """Of tensors appended, without their data."""
+
+    def append(self, x: Tensor) -> None:
+        super().append(x.to("meta"))
+
+
+def _arguments(model: PreTrainedModel, blocks: list[Block], batches: list[dict[str, Tensor]], size: int) -> Arguments:
+    """What the blocks are called with for batches of at most `size` sequences."""
+    small = [
+        dict(zip(batch, parts, strict=True))
+        for batch in batches
+        for parts in zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
+    ]
+    return record_calls(model, [block.module for block in blocks], small, _Shapes()).arguments
 
 
 def _batches(model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any) -> list[dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """What the likelihood feels of an error in each linear's output: one backward pass over the calibration data."""
 
 import contextlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,10 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..kernels.precision import fast_forward
-from ..pipeline import Block, Sensitivity
+from ..pipeline import SMALLER, Block, Sensitivity
 from .blocks import replaced_forwards
 from .placement import execution_device
 
+
+logger = logging.getLogger(__name__)
 
 SCALE = 256.0  # of gradients on their way back: small ones would vanish in fp16
 LOGITS = {"cuda": 2**29, "cpu": 2**27}  # numbers at a time: 2 GB, 0.5 GB, and a few copies
@@ -52,6 +55,7 @@ def fisher(
         )
     device = execution_device(model.get_input_embeddings())
     sequence = 0
+    size = max(len(batch["input_ids"]) for batch in batches)
     tokens: dict[str, list[list[Tensor]]] = defaultdict(lambda: [[] for _ in batches])
     rows: dict[str, Tensor] = {}
     current = 0
@@ -70,6 +74,18 @@ def fisher(
 
         return watch
 
+    def differentiate(part: dict[str, Tensor], seeds: range) -> None:
+        with torch.enable_grad(), fast_forward(torch.empty(0, dtype=model.dtype, device=device)):
+            logits = model(**part, use_cache=False).logits[:, :-1].flatten(0, 1)
+        mask = part["attention_mask"].bool() if "attention_mask" in part else None
+        real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                f"the logits hold NaN or infinity: the model does not run in its dtype ({model.dtype}) on this data. "
+                "Load it in bfloat16 or float32."
+            )
+        _backward(logits, real, seeds)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_activations(model))
         stack.enter_context(set_checkpoint_early_stop(False))  # or offloaded weights stay where they were brought
@@ -80,19 +96,31 @@ def fisher(
                 stack.callback(linear.module.register_forward_hook(hook(linear.name, True)).remove)
         for number, batch in enumerate(tqdm(batches, desc="Sensitivity", unit="batch", leave=False)):
             current = number
-            for part in _parts(model, batch, device):
-                with torch.enable_grad(), fast_forward(torch.empty(0, dtype=model.dtype, device=device)):
-                    logits = model(**part, use_cache=False).logits[:, :-1].flatten(0, 1)
-                mask = part["attention_mask"].bool() if "attention_mask" in part else None
-                real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
+            first = 0
+            size = min(size, _sequences(model, batch, device))
+            while first < len(batch["input_ids"]):
+                part = {name: tensor[first : first + size].to(device) for name, tensor in batch.items()}
                 count = len(part["input_ids"])
-                if not torch.isfinite(logits).all():
-                    raise ValueError(
-                        f"the logits hold NaN or infinity: the model does not run in its dtype ({model.dtype}) on "
-                        "this data. Load it in bfloat16 or float32."
-                    )
-                _backward(logits, real, range(seed + sequence, seed + sequence + count))
-                sequence += count
+                done, rows_done = {name: len(parts[current]) for name, parts in tokens.items()}, dict(rows)
+                try:
+                    differentiate(part, range(seed + sequence, seed + sequence + count))
+                except torch.OutOfMemoryError as error:
+                    failed = error.with_traceback(None)  # its frames hold the tensors that are too many
+                else:
+                    first, sequence = first + count, sequence + count
+                    continue
+                if count == 1:
+                    raise torch.OutOfMemoryError(
+                        f"the backward pass of a single sequence does not fit into memory: {SMALLER} fisher=False "
+                        "needs none."
+                    ) from failed
+                size = (count + 1) // 2
+                logger.warning("out of memory with %d sequences at a time: going on with %d.", count, size)
+                for name, parts in tokens.items():  # what the failed pass left
+                    del parts[current][done.get(name, 0) :]
+                rows.clear()
+                rows.update(rows_done)
+                torch.cuda.empty_cache()
     if not tokens:
         raise ValueError(f"no gradient reached the blocks of {type(model).__name__}: set fisher=False.")
     total = sum(batch["input_ids"].numel() for batch in batches)
@@ -128,14 +156,10 @@ def _backward(logits: Tensor, real: Tensor | None, seeds: range) -> None:
     logits.backward((SCALE * probabilities).to(logits.dtype))  # the gradient of cross entropy is p - onehot(label)
 
 
-def _parts(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The batch in parts whose logits fit into memory, on the device."""
+def _sequences(model: PreTrainedModel, batch: dict[str, Tensor], device: torch.device) -> int:
+    """How many sequences of the batch have logits that fit into memory, at least 1."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    limit = LOGITS.get(device.type, LOGITS["cpu"])
-    size = max(1, limit // (batch["input_ids"].shape[1] * vocabulary))
-    names = list(batch)
-    for parts in zip(*(batch[name].split(size) for name in names), strict=True):
-        yield {name: part.to(device) for name, part in zip(names, parts, strict=True)}
+    return max(1, LOGITS.get(device.type, LOGITS["cpu"]) // (batch["input_ids"].shape[1] * vocabulary))
 
 
 def _recomputed(blocks: list[Block], onload: Callable, saving: Callable) -> Callable[[int], Callable]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,8 @@ def prune_blocks(
                                 report.block_error = list(losses)
                     if index + 1 < len(blocks):
                         _advance(block, index, calls, calls.hidden)
-                    calls.arguments[index] = []
+                    for used in filter(None, (calls, calls.parts)):
+                        used.arguments[index] = []
                 if reconstruction is not None and reconstruction.arguments is not None:
                     reconstruction.arguments[index] = []
                 if finished is not None:
@@ -134,7 +136,7 @@ def _advance(block: Block, index: int, calls: Calls, hidden: Tensors) -> None:
     """The block's outputs in place of its inputs `hidden`, for every batch."""
     with fast_forward(hidden[0]):
         for batch, x in enumerate(hidden):
-            hidden[batch] = calls.run(block.module, index, batch, x)
+            hidden[batch] = calls.outputs(block.module, index, batch, x)
 
 
 def _prune_block(
@@ -160,22 +162,19 @@ def _prune_block(
             solve(linear, None)
     elif block.linears:
         with fast_forward(calls.hidden[0]):
-            layout = find_layout(block, index, calls)
-        path = (dense, dense_hidden) if objective.needs_dense_path and dense_hidden is not None else None
+            layout = calls.within_memory(partial(find_layout, block, index))
+        follow = objective.needs_dense_path and dense_hidden is not None
+
+        def evidence_of(groups: list[list[Linear]], calls: Calls) -> list[Evidence]:
+            path = (dense, calls.dense_hidden) if follow and calls.dense_hidden is not None else None
+            sensitivity = objective.sensitivity
+            return collect(groups, layout, block, index, calls, method.needs, dense=path, sensitivity=sensitivity)
+
         for stage in layout.stages() if objective.staged else [layout.groups]:
             before = [linear.weight.data for linear in block.linears]
             for groups in _parts(stage, method.needs):
                 with fast_forward(calls.hidden[0]), dense_weights(block.linears, before):
-                    evidence = collect(
-                        groups,
-                        layout,
-                        block,
-                        index,
-                        calls,
-                        method.needs,
-                        dense=path,
-                        sensitivity=objective.sensitivity,
-                    )
+                    evidence = calls.within_memory(partial(evidence_of, groups))
                 while groups:  # what was solved is given up
                     found = evidence.pop(0)
                     for linear in groups.pop(0):

@@ -212,6 +212,8 @@ def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | No
     else:
         of_parts = zip(*(sensitivity.tokens[part.name] for part in group), strict=True)
         felt = [torch.stack(parts).sum(0) for parts in of_parts]
+        if len(felt) != len(calls.hidden):  # batches were halved
+            felt = list(torch.cat(felt).split([hidden.shape[:2].numel() for hidden in calls.hidden]))
     real = [
         torch.ones_like(part) if mask is None or mask.numel() != len(part) else mask.flatten().to(part)
         for part, mask in zip(felt, calls.keep or [None] * len(felt), strict=True)

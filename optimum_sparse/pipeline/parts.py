@@ -2,14 +2,21 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..core import Pattern
+
+
+T = TypeVar("T")
+Arguments = list[list[tuple[tuple, dict[str, Any]]]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,39 @@ class Tensors(Protocol):
     def __setitem__(self, batch: int, x: Tensor, /) -> None: ...
 
 
+class Parts:
+    """Batches in parts of `size` sequences, cut when they are used: the whole may be more than the memory holds."""
+
+    def __init__(self, batches: Tensors, size: int):
+        self._batches = batches
+        self._places = [
+            (batch, slice(first, first + size)) for batch, x in enumerate(batches) for first in range(0, len(x), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, part: int, /) -> Tensor:
+        batch, rows = self._places[part]
+        return self._batches[batch][rows]
+
+    def of(self, batch: int) -> list[int]:
+        """The numbers of a batch's parts, in order."""
+        return [part for part, (number, _) in enumerate(self._places) if number == batch]
+
+    def __setitem__(self, part: int, x: Tensor, /) -> None:
+        raise TypeError("parts of batches are only read.")
+
+
+SMALLER = (
+    "set a smaller batch_size= or a shorter sequence_length=, or load the model with device_map='auto', which leaves "
+    "blocks in host memory until they are used."
+)
+
+
 @dataclass
 class Calls:
     """What the blocks are called with, recorded once from the model itself.
@@ -86,13 +126,17 @@ class Calls:
         keep: for each batch the bool [batch, tokens] of tokens that are not padding, or None if all are real.
         share_state: blocks get the same mutable object (keys and values of other blocks, say).
         dense_hidden: what `hidden` would be if no block had been pruned; None until that is followed.
+        record: `arguments` for batches of at most so many sequences; None: batches stay as they are.
+        parts: the same inputs in the smaller batches that fit into memory; None until it ran out.
     """
 
     hidden: Tensors
-    arguments: list[list[tuple[tuple, dict[str, Any]]]]
+    arguments: Arguments
     keep: list[Tensor | None] = field(default_factory=list)
     share_state: bool = False
     dense_hidden: Tensors | None = None
+    record: Callable[[int], Arguments] | None = None
+    parts: "Calls | None" = None
 
     def run(self, block: Callable, index: int, batch: int, hidden: Tensor | None = None) -> Tensor:
         """The output of block number `index` on one batch, or on other inputs in place of the batch's own."""
@@ -102,7 +146,54 @@ class Calls:
 
     def copy(self) -> "Calls":
         """For another run from the same inputs: `prune_blocks` uses its calls up."""
-        return Calls(copy.copy(self.hidden), list(self.arguments), self.keep, self.share_state)
+        return Calls(copy.copy(self.hidden), list(self.arguments), self.keep, self.share_state, record=self.record)
+
+    def within_memory(self, work: Callable[["Calls"], T]) -> T:
+        """`work` on these calls; once it runs out of memory, again on `parts`, in batches of half the size.
+
+        Raises:
+            torch.OutOfMemoryError: a single sequence does not fit, or batches cannot be divided.
+        """
+        while True:
+            try:
+                return work(self.parts or self)
+            except torch.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # its frames hold the tensors that are too many
+            self._halve(failed)
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        size = max(len(x) for x in (self.parts or self).hidden)
+        if size == 1:
+            raise torch.OutOfMemoryError(f"a single sequence does not fit into memory: {SMALLER}") from error
+        if self.record is None or self.share_state or self.hidden[0].dim() != 3:
+            raise torch.OutOfMemoryError(
+                f"{size} sequences at a time do not fit into memory, and what this model's blocks are called with "
+                f"cannot be divided half-way: set batch_size={size // 2}, or {SMALLER}"
+            ) from error
+        half = (size + 1) // 2
+        logger.warning("out of memory with %d sequences at a time: going on with %d.", size, half)
+        torch.cuda.empty_cache()
+        self.parts = None  # or its arguments would be there beside the new ones
+        keep = [
+            part
+            for mask, hidden in zip(self.keep, self.hidden, strict=True)
+            for part in ([None] * -(-len(hidden) // half) if mask is None else mask.split(half))
+        ]
+        dense = None if self.dense_hidden is None else Parts(self.dense_hidden, half)
+        self.parts = Calls(Parts(self.hidden, half), self.record(half), keep, dense_hidden=dense)
+
+    def outputs(self, block: Callable, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """As `run`, within memory."""
+
+        def run(calls: Calls) -> Tensor:
+            if not isinstance(calls.hidden, Parts):  # not halved
+                return calls.run(block, index, batch, hidden)
+            numbers = calls.hidden.of(batch)
+            rows = [len(calls.hidden[number]) for number in numbers]
+            parts = zip(numbers, hidden.split(rows), strict=True)
+            return torch.cat([calls.run(block, index, number, part) for number, part in parts])
+
+        return self.within_memory(run)
 
     def real_tokens(self, x: Tensor, batch: int, name: str, which: Tensor | None = None) -> Tensor:
         """x [..., n] of one batch as [tokens, n], without padding.

@@ -5,7 +5,7 @@ path, the input is what the pruned model's blocks before it give: so each block 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..kernels.precision import fast_forward
-from .parts import Block, Calls, Tensors
+from .parts import Block, Calls, Parts, Tensors
 
 
 @dataclass(frozen=True)
@@ -138,30 +138,7 @@ def _in_small_batches(
         for weight, hidden in zip(token_weight, calls.hidden, strict=True)
         for part in weight.view(len(hidden), -1).split(size)
     ]
-    return Calls(_Parts(calls.hidden, size), settings.arguments), _Parts(targets, size), token_weight
-
-
-class _Parts:
-    """Batches in parts of `size` sequences, cut when they are used: the whole may be more than the memory holds."""
-
-    def __init__(self, batches: Tensors, size: int):
-        self._batches = batches
-        self._places = [
-            (batch, slice(first, first + size)) for batch, x in enumerate(batches) for first in range(0, len(x), size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(self.__getitem__, range(len(self)))
-
-    def __getitem__(self, part: int, /) -> Tensor:
-        batch, rows = self._places[part]
-        return self._batches[batch][rows]
-
-    def __setitem__(self, part: int, x: Tensor, /) -> None:
-        raise TypeError("parts of batches are only read.")
+    return Calls(Parts(calls.hidden, size), settings.arguments), Parts(targets, size), token_weight
 
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:

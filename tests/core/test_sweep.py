@@ -67,16 +67,27 @@ def test_inverse_factor_does_not_modify_the_gram():
 
 def test_fewer_tokens_than_inputs_need_damping():
     gram = gram_of(ar_inputs(6, 48)).float()
-    with pytest.raises(NotPositiveDefinite, match=r"damping=0: raise the damping .*0\.01.* more calibration tokens"):
+    with pytest.raises(NotPositiveDefinite, match=r"damping=0: damping=0\.01 works, .* more calibration tokens"):
         inverse_factor(gram, 0.0)
     factor = inverse_factor(gram, 0.01).double()
     damped = gram.double() + 0.01 * gram.diagonal().mean() * torch.eye(48, dtype=torch.float64)
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(48, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
-def test_a_matrix_that_is_not_positive_definite_raises_and_is_a_value_error():
-    with pytest.raises(ValueError, match=r"not positive definite with damping=0\.01.*0\.1"):
-        inverse_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01)
+@pytest.mark.parametrize(("outer", "works"), [(1.05, "0.1"), (1.5, "1"), (3.0, "10"), (50.0, "100")])
+def test_a_matrix_that_is_not_positive_definite_raises_a_value_error_with_the_damping_that_works(outer, works):
+    """[[1, c], [c, 1]] is positive definite from a damping of c - 1 on."""
+    gram = torch.tensor([[1.0, outer], [outer, 1.0]])
+    with pytest.raises(ValueError, match=rf"not positive definite with damping=0\.01: damping={works} works"):
+        inverse_factor(gram, 0.01)
+    assert torch.isfinite(inverse_factor(gram, float(works))).all()
+    with pytest.raises(NotPositiveDefinite):
+        inverse_factor(gram, float(works) / 10)
+
+
+def test_a_matrix_that_no_damping_mends_says_so():
+    with pytest.raises(NotPositiveDefinite, match="no damping up to 10000 works"):
+        inverse_factor(torch.tensor([[1.0, 1e6], [1e6, 1.0]]), 0.01)
 
 
 def sweep_given_mask(weight: Tensor, keep: Tensor, factor: Tensor, block_size: int) -> Tensor:

@@ -1,0 +1,96 @@
+"""Seconds from a loaded model to a pruned one, and the memory beside the model. Run by hand; prints a table.
+
+    python tests/benchmarks/prune.py
+    python tests/benchmarks/prune.py --layers 2 --hidden 64 --intermediate 172 --heads 4 --samples 4 --tokens 32
+
+A Llama with random weights, by default of LLaMA-2-7B's shape, and random tokens: speed does not depend on either. Each
+run starts from a new model. On CUDA each is made once before on a model of one block, to warm up.
+"""
+
+import argparse
+import gc
+import time
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import optimum_sparse
+from optimum_sparse import Pruner, SparsityConfig
+
+
+PATTERNS = {"2:4": "2:4", "50%": "unstructured"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a sample")
+    parser.add_argument("--batch", type=int, default=8, help="samples that go through a block together")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    cuda = args.device.startswith("cuda")
+    on = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"Llama {args.layers} x {args.hidden} x {args.intermediate}, {args.samples} x {args.tokens} tokens, "
+        f"{args.dtype}, {on}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"optimum-sparse {optimum_sparse.__version__}"
+    )
+    print("| method | pattern | seconds | phases, s | peak GPU memory beyond the model, GB |")
+    print("|---|---|---|---|---|")
+    if cuda:  # kernels are compiled and libraries loaded at their first use
+        for method in args.methods:
+            for pattern in args.patterns:
+                prune(random_llama(args, layers=1), args, method, pattern, samples=1)
+    for method in args.methods:
+        for pattern in args.patterns:
+            print(prune(random_llama(args, args.layers), args, method, pattern, args.samples), flush=True)
+
+
+def random_llama(args: argparse.Namespace, layers: int) -> PreTrainedModel:
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_attention_heads=args.heads,
+        max_position_embeddings=max(4096, args.tokens),
+    )
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+
+
+def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern: str, samples: int) -> str:
+    """One row of the table."""
+    cuda = args.device.startswith("cuda")
+    config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
+    ids = torch.randint(model.config.vocab_size, (samples, args.tokens), generator=torch.Generator().manual_seed(1))
+    data = DataLoader([{"input_ids": part} for part in ids.split(args.batch)], batch_size=None)
+    gc.collect()
+    before = 0
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+    pruner = Pruner(model)
+    started = time.perf_counter()
+    pruner.prune(config, dataset=data)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    phases = ", ".join(f"{name} {taken:.1f}" for name, taken in pruner.report.seconds.items())
+    memory = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}" if cuda else "-"
+    return f"| {method} | {pattern} | {seconds:.1f} | {phases} | {memory} |"
+
+
+if __name__ == "__main__":
+    main()
