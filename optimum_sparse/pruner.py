@@ -98,8 +98,8 @@ class Pruner:
         _check(config)
         if ranks.world() > 1:
             raise ValueError(
-                f"prune_to_disk runs in one process, and there are {ranks.world()}: call prune(config) in all of them, "
-                "then save_pretrained; or start one process."
+                f"prune_to_disk runs in one process, and there are {ranks.world()}: call prune(config), then "
+                "save_pretrained, in all of them; or start one process."
             )
         device_map = self._loading.get("device_map")
         one_device = device_map is None or (isinstance(device_map, str) and device_map not in SPREAD)

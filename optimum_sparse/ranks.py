@@ -1,11 +1,11 @@
-"""Several processes prune one model: each has all of it, a share of the calibration data, and solves a share of layers.
+"""Several processes prune one model: each has all of it, a share of the calibration data, and solves some layers.
 
-`torch.distributed` is theirs, as `accelerate.PartialState()` or `torchrun` scripts set it up. Statistics are sums over
-tokens, and so are added up; a solved matrix is sent to the others, so that all end with the same model, to the bit.
-Without a process group, or with one process in it, every function here gives back what it was given.
+The process group is the caller's, as `accelerate.PartialState()` sets it up. Statistics are sums over tokens, and so
+are added up; a solved matrix is sent to the others, so that all end with the same model, to the bit. Without a process
+group, or with one process in it, every function here gives back what it was given.
 
-Processes meet in `gathered`, which `total` and `sent` begin with, and nowhere else: one that fails (`together`) says so
-there, and the others fail as well instead of waiting.
+Processes meet in `gathered`, which `total` and `sent` begin with, and nowhere else: one that fails (`together`) says
+so there, and the others fail as well instead of waiting.
 """
 
 import contextlib
@@ -106,8 +106,8 @@ def check_same(**values: Any) -> None:
         different = [name for name in values if other[name] != first[name]]
         if different:
             raise ValueError(
-                f"processes 0 and {number} of {world()} have different {' and '.join(different)}: give all of them the "
-                "same config, weights and calibration data, unsplit; pruning itself splits the data over them."
+                f"processes 0 and {number} of {world()} have different {' and '.join(different)}: give all of them "
+                "the same config, weights and calibration data, unsplit; pruning itself splits the data over them."
             )
 
 

@@ -72,8 +72,8 @@ def prune_blocks(
 ) -> list[LayerReport]:
     """Prune all linears of all blocks in place, in order.
 
-    Of several processes (`ranks`) each brings calls of its own for the same blocks, and solves a part of the linears of
-    each stage; all end with the same blocks and reports.
+    Of several processes (`ranks`) each brings calls of its own for the same blocks, and solves a part of the linears
+    of each stage; all end with the same blocks and reports.
 
     Args:
         blocks: the model's decoder blocks, all of them, in order.
@@ -195,7 +195,9 @@ def _prune_block(
                         dense=path,
                         sensitivity=objective.sensitivity,
                     )
-                part = [(linear, found) for group, found in zip(groups, evidence, strict=True) for linear in group]
+                part: list[tuple[Linear, Evidence | None]] = [
+                    (linear, found) for group, found in zip(groups, evidence, strict=True) for linear in group
+                ]
                 del evidence
                 solve(part)
     return [reports[linear.name] for linear in block.linears], keeps

@@ -97,7 +97,7 @@ def find_layout(block: Block, index: int, calls: Calls) -> Layout:
     for name, seen in watch.inputs.items():
         groups.setdefault(tuple((id(x), version) for x, version, _ in seen), []).append(by_name[name])
     missed = [[linear] for linear in block.linears if linear.name not in watch.inputs]
-    names, *rest = ranks.gathered(
+    names, residual, in_place, once = ranks.gathered(
         (
             [[linear.name for linear in group] for group in (*groups.values(), *missed)],
             frozenset(watch.residuals),
@@ -107,7 +107,7 @@ def find_layout(block: Block, index: int, calls: Calls) -> Layout:
             all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears if linear.expert is None),
         )
     )[0]
-    return Layout([[by_name[name] for name in group] for group in names], *rest)
+    return Layout([[by_name[name] for name in group] for group in names], residual, in_place, once)
 
 
 def collect(
@@ -231,7 +231,7 @@ def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | No
     count = ranks.total(torch.cat(real).sum())[0].clamp(min=1)
 
     def relative(parts: list[Tensor]) -> list[Tensor]:
-        mass = sum((part * mask).sum() for part, mask in zip(parts, real, strict=True))
+        mass = torch.as_tensor(sum((part * mask).sum() for part, mask in zip(parts, real, strict=True)))
         mean = ranks.total(mass)[0] / count
         return [part / mean.clamp(min=torch.finfo(torch.float32).tiny) for part in parts]
 
