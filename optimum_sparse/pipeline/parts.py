@@ -167,8 +167,10 @@ class Calls:
         size = max(len(x) for x in (self.parts or self).hidden)
         if size == 1:
             raise torch.OutOfMemoryError(f"a single sequence does not fit into memory: {SMALLER}") from error
-        divisible = self.record is not None and not self.share_state and self.hidden[0].dim() == 3
-        if not divisible or ranks.world() > 1:  # to repeat work in which others took part would leave them waiting
+        divisible = not self.share_state and self.hidden[0].dim() == 3
+        if (
+            self.record is None or not divisible or ranks.world() > 1
+        ):  # to repeat work in which others took part would leave them waiting
             raise torch.OutOfMemoryError(
                 f"{size} sequences at a time do not fit into memory, and what this model's blocks are called with "
                 f"cannot be divided half-way, or not by one of several processes: set batch_size={size // 2}, or "
