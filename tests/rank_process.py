@@ -41,6 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "conv1d": ("gpt2", dict(batch_size=1), {}),
 }
 
+# How many processes run which of them.
+RUNS = {2: list(CASES), 3: ["sparsegpt 2:4", "sparsegpt, 5 batches", "sparsegpt, 1 batch", "experts"]}
+
 
 def prune_case(name: str) -> dict[str, Any]:
     architecture, changes, arguments = CASES[name]
@@ -101,7 +104,7 @@ def _main(rank: int, world: int, folder: Path) -> None:
     precision._multiplies_bf16 = lambda device: False
     group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60), **group)
-    found: dict[str, Any] = {name: prune_case(name) for name in CASES}
+    found: dict[str, Any] = {name: prune_case(name) for name in RUNS[world]}
     for name, call in failures(rank, world, folder).items():
         try:
             call()
