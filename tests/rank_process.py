@@ -1,11 +1,8 @@
-"""One of several processes that prune together, for tests/test_ranks.py: `python rank_process.py RANK WORLD FOLDER`.
+"""One of several processes that prune together, for tests/test_ranks.py."""
 
-It runs all cases, and writes what came out of each to FOLDER.
-"""
-
+import contextlib
 import datetime
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "experts": ("mixtral", dict(batch_size=1), {}),
     "conv1d": ("gpt2", dict(batch_size=1), {}),
 }
+
+# How many processes run which of them.
+RUNS = {2: list(CASES), 3: ["sparsegpt 2:4", "sparsegpt, 5 batches", "sparsegpt, 1 batch", "experts"]}
 
 
 def prune_case(name: str) -> dict[str, Any]:
@@ -93,11 +93,18 @@ def _fail(module: Any, args: Any) -> None:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
+    """Run all cases, and write what came out of each to the folder, and what would be printed."""
+    with open(folder / f"{rank}.log", "w") as log, contextlib.redirect_stderr(log):
+        _main(rank, world, folder)
+
+
+def _main(rank: int, world: int, folder: Path) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     precision._multiplies_bf16 = lambda device: False
     group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60), **group)
-    found: dict[str, Any] = {name: prune_case(name) for name in CASES}
+    found: dict[str, Any] = {name: prune_case(name) for name in RUNS[world]}
     for name, call in failures(rank, world, folder).items():
         try:
             call()
@@ -109,8 +116,3 @@ def main(rank: int, world: int, folder: Path) -> None:
     found["on load"] = {"weights": weights_of(model)}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
