@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "conv1d": ("gpt2", dict(batch_size=1), {}),
 }
 
-# How many processes run which of them.
-RUNS = {2: list(CASES), 3: ["sparsegpt 2:4", "sparsegpt, 5 batches", "sparsegpt, 1 batch", "experts"]}
+# How many processes run which of them. Others, and three processes, by hand: they take minutes on two cores.
+RUNS = {
+    2: [
+        "sparsegpt 2:4",
+        "sparsegpt, 5 batches",
+        "sparsegpt, 1 batch",
+        "wanda, owl",
+        "magnitude",
+        "reconstruct",
+        "experts",
+    ]
+}
 
 
 def prune_case(name: str) -> dict[str, Any]:
@@ -116,3 +127,7 @@ def _main(rank: int, world: int, folder: Path) -> None:
     found["on load"] = {"weights": weights_of(model)}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,8 +1,10 @@
 """Real processes (gloo) that prune one model together, beside one process that does it alone."""
 
 import functools
-import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import rank_process
@@ -27,19 +29,20 @@ def together(request, tmp_path_factory, tiny_llama):
     world = request.param
     folder = tmp_path_factory.mktemp(f"ranks-{world}")
     shutil.copytree(tiny_llama, folder / "dense")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_process"])  # imports transformers once
-    processes = [context.Process(target=rank_process.main, args=(rank, world, folder)) for rank in range(world)]
-    for process in processes:
-        process.start()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, rank_process.__file__]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(world), str(folder)], env=environment, stdin=subprocess.DEVNULL)
+        for rank in range(world)
+    ]
     try:
         for process in processes:
-            process.join(timeout=180)
+            process.wait(timeout=240)
     finally:
         for process in processes:
             process.kill()
     errors = [(folder / f"{rank}.log").read_text() for rank in range(world)]
-    assert [process.exitcode for process in processes] == [0] * world, errors
+    assert [process.returncode for process in processes] == [0] * world, errors
     bars = [text.count("Pruning:") for text in errors]
     assert bars[0] > 0, "the first process shows progress"
     assert not any(bars[1:]), "the others do not"
