@@ -128,4 +128,4 @@ def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """uint8 [out, ceil(columns / 8)] -> bool [out, columns]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[..., None] >> shifts) & 1
-    return bits.reshape(len(packed), -1)[:, :columns].bool()
+    return bits.flatten(1)[:, :columns].bool()
