@@ -91,6 +91,37 @@ struct Words {
     load(w.mask + index, w.values + SLOTS * index, row < w.rows && at < w.columns / 32);
   }
 
+  // Four words of each of eight rows, one for each lane of a warp, through shared memory: any number of them may be on
+  // their way, where to wait for one load to a register is to wait for all. Lanes ask for whole rows together, for what
+  // they ask for one by one comes in sectors of 32 bytes, the same ones again and again.
+  static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE, ROW = 8 * SLOTS + 16;  // bytes; of a row
+  static constexpr int ROOM = 8 * ROW + 4 * LANES;
+  static __device__ __forceinline__ void ask(u32 room, const Matrix& w, int row, int at, int lane) {
+    const int words = w.columns / 32;
+#pragma unroll
+    for (int i = 0; i < PIECES / 4; i++) {
+      const int r = (LANES * i + lane) / PIECES, piece = (LANES * i + lane) % PIECES;
+      const u16* from = w.values + ((i64)(row + r) * words + at) * SLOTS + PIECE / 2 * piece;
+      copy<PIECE>(room + ROW * r + PIECE * piece, from, row + r < w.rows && at + piece * 4 / PIECES < words);
+    }
+    const int r = row + lane / 4, mine = at + lane % 4;
+    copy<4>(room + 8 * ROW + 4 * lane, w.mask + (i64)r * words + mine, r < w.rows && mine < words);
+  }
+  __device__ __forceinline__ void take(u32 room, int lane) {
+    bits = load4(room + 8 * ROW + 4 * lane);
+#pragma unroll
+    for (int i = 0; i < PIECES / 4; i++) {
+      const u32 at = room + lane / 4 * ROW + lane % 4 * 2 * SLOTS + PIECE * i;
+      if constexpr (PIECE == 16) {
+        const uint4 four = load16(at);
+        values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+      } else {
+        const uint2 two = load8(at);
+        values[2 * i] = two.x, values[2 * i + 1] = two.y;
+      }
+    }
+  }
+
   // This lane's word of a step, and what falls to it of the step's overflow.
   __device__ __forceinline__ void fetch(const Matrix& w, int row, int step, int lane) {
     load(w, row, step * STEP + lane);
@@ -267,7 +298,7 @@ __device__ __forceinline__ void stage_x(const Call& call, int first_token, int c
     const int row = 2 * i + lane / 16, token = first_token + row;
     const u32 at = to + row * X_ROW + word * 64 + (piece % 4 ^ word) * 16;
     if (here >= call.w.columns) store16(at, make_uint4(0, 0, 0, 0));
-    else if (token < call.tokens) copy16(at, call.x + (i64)token * call.w.columns + here);
+    else if (token < call.tokens) copy<16>(at, call.x + (i64)token * call.w.columns + here);
   }
   commit_copies();
 }
@@ -463,6 +494,7 @@ __global__ void arrange(const Call call) {
   for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x; i < call.parts;
        i += gridDim.x * gridDim.y * blockDim.x)
     call.flags[i] = 0;
+  let_next_kernel_begin();
   if (span >= spans) return;
   uint4 x[4];
 #pragma unroll
@@ -510,14 +542,16 @@ template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKEN
 __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
   SHARED(memory);
   constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
-  constexpr int STAGES = TOKENS > 128 ? 2 : 3, ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
-  constexpr int AHEAD = WORDS == 1 ? 4 : 2;  // steps that a lane has asked for
+  constexpr int STAGES = TOKENS == 64 || TOKENS == 256 ? 2 : 3, ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
+  constexpr int AHEAD = WORDS == 1 ? 3 : 1;  // steps that a lane has asked for
   constexpr int EXTRA = OVERFLOW ? 4 : 0;    // and overflow, of the step that it is at
+  typedef Words<SLOTS, false> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 tiles = (address(memory) + BLOCKS - 1) / BLOCKS * BLOCKS;  // so that `|` can add what is inside of blocks
   const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES, selectors = empty + 8 * STAGES;
+  const u32 asked = selectors + 64;  // [AHEAD][word of the block's]
   if (PAIRS && threadIdx.x < 16) store4(selectors + 4 * threadIdx.x, pair_selectors(threadIdx.x));
   if (threadIdx.x < STAGES) {
     start_barrier(full + 8 * threadIdx.x, EXPANDERS + 1);  // and x
@@ -531,33 +565,23 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 
   if (warp >= 4 * GROUPS) {
     const int mine = warp - 4 * GROUPS, part = lane % 4;
-    typedef Words<SLOTS, false> Word;
     const u32 minus_one = opaque(0xffffffff);  // what it multiplies is subtracted by units that have less to do
     // Two walks over the part's steps: one asks for words, the other expands them, AHEAD steps behind.
-    Word asked[AHEAD][WORDS];
     Part later = now;
-    int at, more = 0;         // the word that a lane asks for next, and how often before the tile ends
-    const u32* masks[WORDS];  // of its rows
-    const u16* values[WORDS];
-    int ends[WORDS];  // after a row's last word; 0 beyond the last row
-    auto row = [&](const Part& part, int i) {
-      return part.tile / token_tiles * ROWS + 8 * (mine + EXPANDERS * i) + lane / 4;
-    };
-    auto ask = [&](Word (&words)[WORDS]) INLINE {
-      if (more == 0) {
-        const bool any = later.is_left();
-        at = 4 * later.span() + part, more = any ? later.stop - later.at : 1 << 30;
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-          const i64 first = (i64)row(later, i) * (w.columns / 32);
-          masks[i] = w.mask + first, values[i] = w.values + first * SLOTS;
-          ends[i] = any && row(later, i) < w.rows ? w.columns / 32 : 0;
-        }
+    int at, row_asked, more = 0;  // the words that it asks for next, and how often before the tile ends
+    auto first_row = [&](const Part& part) { return part.tile / token_tiles * ROWS + 8 * mine; };
+    auto room = [&](int slot, int i) { return asked + ((slot * EXPANDERS + mine) * WORDS + i) * Word::ROOM; };
+    auto ask = [&](int slot) INLINE {
+      if (more == 0 && later.is_left()) {
+        at = 4 * later.span(), row_asked = first_row(later), more = later.stop - later.at;
         later.leave();
       }
+      if (more) {
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) words[i].load(masks[i] + at, values[i] + SLOTS * at, at < ends[i]);
-      at += 4, more--;
+        for (int i = 0; i < WORDS; i++) Word::ask(room(slot, i), w, row_asked + 8 * EXPANDERS * i, at, lane);
+        at += 4, more--;
+      }
+      commit_copies();
     };
     int left = 0;                          // steps of the tile
     const char* x;                         // of the next step
@@ -571,9 +595,10 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
         for (int i = 0; i < WORDS; i++) {
           int before = 0;
           no_more[i] = 0;
-          if (row(now, i) < w.rows) {
-            const u32* mask = w.mask + (i64)row(now, i) * words;
-            const int* starts = w.starts + (i64)row(now, i) * steps;
+          const int row = first_row(now) + 8 * EXPANDERS * i + lane / 4;
+          if (row < w.rows) {
+            const u32* mask = w.mask + (i64)row * words;
+            const int* starts = w.starts + (i64)row * steps;
             for (int k = step * STEP + part; k < 4 * now.span(); k += 4) before += max(0, __popc(__ldg(mask + k)) - SLOTS);
             if (part == 0) before += __ldg(starts + step);
             no_more[i] = __ldg(starts + steps);
@@ -582,7 +607,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
         }
       }
     };
-    auto expand = [&](Word (&words)[WORDS]) INLINE {
+    auto expand = [&](Word (&words)[WORDS]) {
       const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
       wait_barrier(empty + 8 * stage, turn ^ 1);
       if (mine == 0 && lane == 0) copy_many(tile + TILE, x, X, ready);
@@ -644,25 +669,28 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       if (lane == 0) arrive(ready);
       if (++stage == STAGES) stage = 0, turn ^= 1;
     };
+    for (int slot = 0; slot < AHEAD; slot++) ask(slot);
+    if (mine == 0) wait_for_kernel_before();
+    for (int slot = 0; now.is_left(); now.leave()) {
+      enter();
+      for (; left; left--) {
+        wait_copies<AHEAD - 1>();
+        __syncwarp();
+        Word words[WORDS];
 #pragma unroll
-    for (int j = 0; j < AHEAD; j++) ask(asked[j]);
-    enter();
-    auto go = [&](Word (&words)[WORDS]) INLINE {
-      if (left == 0) {
-        now.leave();
-        if (!now.is_left()) return false;
-        enter();
+        for (int i = 0; i < WORDS; i++) words[i].take(room(slot, i), lane);
+        __syncwarp();
+        ask(slot);
+        expand(words);
+        if (++slot == AHEAD) slot = 0;
       }
-      expand(words);
-      ask(words);
-      left--;
-      return true;
-    };  // words stay in the registers that they were asked for in: to move them would be to wait for them
-    while (go(asked[0]) && go(asked[1]) && (AHEAD == 2 || (go(asked[2 % AHEAD]) && go(asked[3 % AHEAD])))) {}
+    }
   } else {
     const int group = warp / 4, thread = threadIdx.x % 128;
+    wait_for_kernel_before();
     for (; now.is_left(); now.leave()) {
       float sum[TOKENS / 2] = {};
+      int before = -1;  // the stage of the products that are not waited for yet
       for (int steps = now.stop - now.at; steps; steps--) {
         const u32 tile = tiles + stage * (TILE + X);
         wait_barrier(full + 8 * stage, turn);
@@ -672,39 +700,55 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
         for (int j = 0; j < SPAN / 16; j++)
           multiply_tile<BF16, TOKENS>(sum, further(a, 2 * BLOCK * j), further(b, 2 * BLOCK * j));
         commit_products();
-        wait_products(sum);
-        if (thread == 0) arrive(empty + 8 * stage);
+        wait_products<1>();
+        if (before >= 0 && thread == 0) arrive(empty + 8 * before);
+        before = stage;
         if (++stage == STAGES) stage = 0, turn ^= 1;
       }
-      auto piece = [&](int block) {  // the sums of another block, or those that this one leaves
-        return call.partial + ((i64)block * GROUPS + group) * (TOKENS / 2 * 128) + thread;
+      wait_products<0>();
+      keep(sum);
+      if (thread == 0) arrive(empty + 8 * before);
+      auto piece = [&](int block) {  // the sums that a block leaves
+        return (float4*)call.partial + ((i64)block * GROUPS + group) * (TOKENS / 8 * 128) + thread;
       };
       if (now.stop < (now.tile + 1) * spans) {
-        float* to = piece(blockIdx.x);
+        float4* to = piece(blockIdx.x);
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; i++) to[i * 128] = sum[i];
+        for (int i = 0; i < TOKENS / 8; i++)
+          to[i * 128] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
         raise_flag(call.flags + blockIdx.x * GROUPS + group, group);
-      } else {
-        int other = blockIdx.x;
-        for (int begin = now.at; begin > now.tile * spans;) {
-          begin = (int)(all * --other / gridDim.x);
-          wait_flag(call.flags + other * GROUPS + group);
-          const float* from = piece(other);
+        continue;
+      }
+      int other = blockIdx.x;
+      for (int begin = now.at; begin > now.tile * spans;) {
+        begin = (int)(all * --other / gridDim.x);
+        wait_flag(call.flags + other * GROUPS + group);
+        const float4* from = piece(other);
 #pragma unroll
-          for (int i = 0; i < TOKENS / 2; i++) sum[i] += load_shared_by_all(from + i * 128);
+        for (int i = 0; i < TOKENS / 8; i++) {
+          const float4 four = load_shared_by_all(from + i * 128);
+          sum[4 * i] += four.x, sum[4 * i + 1] += four.y, sum[4 * i + 2] += four.z, sum[4 * i + 3] += four.w;
         }
-        const int first_row = now.tile / token_tiles * ROWS + warp * 16 + lane / 4;
-        const int first_token = now.tile % token_tiles * TOKENS + lane % 4 * 2;
+      }
+      // Of each 8 rows and 8 tokens a lane has two tokens of a row; it writes two rows of a token.
+      const int rows = now.tile / token_tiles * ROWS + warp * 16, tokens = now.tile % token_tiles * TOKENS + lane / 4;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int row = first_row + 8 * half;
-          if (row >= w.rows) break;
-          const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+      for (int half = 0; half < 2; half++) {
+        const int mine = rows + 8 * half + lane / 4, row = rows + 8 * half + lane % 4 * 2;
+        const float bias = call.bias && mine < w.rows ? to_float<BF16>(call.bias[mine]) : 0.0f;
+        u16* y = call.y + (i64)tokens * w.rows + row;
 #pragma unroll
-          for (int i = 0; i < TOKENS / 4; i++) {
-            const int token = first_token + i / 2 * 8 + i % 2;
-            if (token < call.tokens) call.y[(i64)token * w.rows + row] = rounded<BF16>(sum[i / 2 * 4 + 2 * half + i % 2] + bias);
+        for (int i = 0; i < TOKENS / 8; i++) {
+          const float* both = sum + 4 * i + 2 * half;
+          const u32 pair = transposed(rounded<BF16>(both[0] + bias) | (u32)rounded<BF16>(both[1] + bias) << 16);
+          if (tokens + 8 * i < call.tokens) {
+            if (row + 1 < w.rows && w.rows % 2 == 0) *(u32*)y = pair;
+            else {
+              if (row < w.rows) y[0] = pair;
+              if (row + 1 < w.rows) y[1] = pair >> 16;
+            }
           }
+          y += 8 * (i64)w.rows;
         }
       }
     }

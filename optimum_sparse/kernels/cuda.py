@@ -123,10 +123,11 @@ def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int)
     """`stream` with these template arguments: 64 * groups rows and `tile` tokens at a time."""
     pairs = str(layout.pairs).lower()
     kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{pairs},{groups},{tile}>"
-    rows, stages = 64 * groups, 2 if tile > 128 else 3
+    rows, stages = 64 * groups, 2 if tile in (64, 256) else 3
+    asked = (3 if groups == 1 else 1) * rows * (8 * layout.slots + 32)
     steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // SPAN)
     blocks = max(1, min(steps // 2, processors * (1 if tile > 64 else 2)))
-    return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16) + 64, tile, groups)
+    return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16) + 64 + asked, tile, groups)
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -205,16 +206,31 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
         with torch.cuda.device(device):
             return _run(launch, call, device)
     function = _function(launch.kernel, device)
-    stream = torch.cuda.current_stream(device).cuda_stream
+    config = _config(launch, torch.cuda.current_stream(device).cuda_stream)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
-    threads, shared, where = launch.threads, launch.shared, ctypes.addressof(arguments)
-    blocks_and_threads = *launch.grid, 1, threads, 1, 1
-    result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
+    result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
         _make_current(device)
-        result = _driver().cuLaunchKernel(function, *blocks_and_threads, shared, stream, where, 0)
+        result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     _check(result)
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(launch: Launch, stream: int) -> Any:
+    """How a kernel is launched; `stream` before the end of `arrange`, for whose results it waits itself."""
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+    config.sharedMemBytes, config.hStream = launch.shared, stream
+    if launch.tile:
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _make_current(device: int) -> None:

@@ -126,9 +126,14 @@ __device__ __forceinline__ uint4 load16(u32 at) {
   return x;
 }
 
-// 16 bytes from global to shared memory, past the registers, without waiting.
-__device__ __forceinline__ void copy16(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// 4, 8 or 16 bytes from global to shared memory, past the registers, without waiting; zeros if they are not there.
+template <int BYTES>
+__device__ __forceinline__ void copy(u32 to, const void* from, bool there = true) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 ::"r"(to), "l"(from), "n"(BYTES), "r"(there ? BYTES : 0) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LATER>  // for all of this thread but the last LATER commits
@@ -156,6 +161,12 @@ __device__ __forceinline__ int add_before(int x) {  // of the lanes before, of O
 }
 __device__ __forceinline__ int from_lane(int x, int lane) { return __shfl_sync(ALL, x, lane); }
 
+// 8 x 8 numbers of 16 bits, of which each lane has two of row lane / 4: the same of the transposed matrix.
+__device__ __forceinline__ u32 transposed(u32 pair) {
+  u32 result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
 // c [16, 8] += a [16, 16] b [16, 8] on tensor cores: PTX ISA, mma.m16n8k16.
 template <bool BF16>
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -197,20 +208,27 @@ __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.asy
 // What this warpgroup, the `number`th of the block, wrote to global memory is there for all who wait for the flag.
 __device__ __forceinline__ void raise_flag(int* flag, int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
-  if (threadIdx.x % 128 == 0) asm volatile("fence.acq_rel.gpu; st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+  if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 __device__ __forceinline__ void wait_flag(const int* flag) {
   int raised;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
   while (!raised);
 }
-__device__ __forceinline__ float load_shared_by_all(const float* p) { return __ldcg(p); }  // past L1
+__device__ __forceinline__ float4 load_shared_by_all(const float4* p) { return __ldcg(p); }  // past L1
+
+// A kernel may begin before the one that it is launched after has ended, if that allows it; then it waits for its results.
+__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>  // the compiler reads `c` no earlier
-__device__ __forceinline__ void wait_products(float (&c)[N]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+template <int LATER>  // for all but the last LATER commits
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
+}
+template <int N>  // the compiler reads `c` no earlier than here
+__device__ __forceinline__ void keep(float (&c)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
 }

@@ -34,6 +34,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Index {
   int x, y;
@@ -63,7 +67,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::deque<std::vector<Copy>> copies{1};  // the last group is not committed
-  std::vector<std::function<void()>> products;
+  std::deque<std::vector<std::function<void()>>> products{1};
 };
 struct Warp {
   Barrier barrier;
@@ -232,16 +236,20 @@ inline uint4 load16(u32 at) {
   std::memcpy(&x, checked(at, 16), 16);
   return x;
 }
-inline void copy16(u32 to, const void* from) {
-  if ((uintptr_t)from % 16) fail("misaligned copy");
-  checked(to, 16);
-  self().copies.back().push_back({to, from, 16});
+template <int BYTES>
+inline void copy(u32 to, const void* from, bool there = true) {
+  if ((uintptr_t)from % BYTES) fail("misaligned copy");
+  std::memset(checked(to, BYTES), 0xaa, BYTES);  // what was there is lost from now on
+  self().copies.back().push_back({to, there ? from : nullptr, BYTES});
 }
 inline void commit_copies() { self().copies.emplace_back(); }
 template <int LATER>
 inline void wait_copies() {
   for (auto& copies = self().copies; copies.size() > LATER + 1; copies.pop_front())
-    for (const Copy& copy : copies.front()) std::memcpy(checked(copy.to, 16), copy.from, 16);
+    for (const Copy& copy : copies.front()) {
+      if (copy.from) std::memcpy(checked(copy.to, copy.bytes), copy.from, copy.bytes);
+      else std::memset(checked(copy.to, copy.bytes), 0, copy.bytes);
+    }
 }
 
 // What each lane of the warp passes, at [lane][i].
@@ -273,6 +281,12 @@ inline int add_before(int x) {
   return sum;
 }
 inline int from_lane(int x, int lane) { return (int)exchange(x)[lane][0]; }
+inline u32 transposed(u32 pair) {
+  auto lanes = exchange(pair);
+  const int row = threadIdx.x % LANES / 4, column = threadIdx.x % 4 * 2;
+  auto element = [&](int r, int c) { return (u32)(lanes[4 * r + c / 2][0] >> 16 * (c % 2)) & 0xffff; };
+  return element(column, row) | element(column + 1, row) << 16;
+}
 // PTX ISA, mma.m16n8k16: a0, a1 hold rows r, r + 8 at k = 2q, 2q + 1, a2, a3 the same at k + 8; b0, b1 column r at these.
 template <bool BF16>
 inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -337,21 +351,25 @@ inline void raise_flag(int* flag, int number) {
 inline void wait_flag(const int* flag) {
   if (*flag != 1) fail("waits for a flag that an earlier block did not raise");
 }
-inline float load_shared_by_all(const float* p) { return load_once(p); }
+inline float4 load_shared_by_all(const float4* p) { return load_once(p); }
+inline void let_next_kernel_begin() {}
+inline void wait_for_kernel_before() {}
 inline void begin_products() {}
-inline void commit_products() {}
-template <int N>
-inline void wait_products(float (&)[N]) {
-  for (auto& product : self().products) product();
-  self().products.clear();
+inline void commit_products() { self().products.emplace_back(); }
+template <int LATER>
+inline void wait_products() {
+  for (auto& products = self().products; products.size() > LATER + 1; products.pop_front())
+    for (auto& product : products.front()) product();
 }
+template <int N>
+inline void keep(float (&)[N]) {}
 inline u64 described(u32 at, int across, int down) { return (u64)(across / 16) << 16 | (u64)(down / 16) << 32 | at / 16; }
 inline u64 further(u64 matrix, int bytes) { return matrix + bytes / 16; }
 // PTX ISA, wgmma: the accumulator of a lane, and matrices in shared memory without swizzling, both K-major.
 template <bool BF16, int TOKENS>
 inline void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64 b) {
   float* sum = c;
-  self().products.push_back([=] {
+  self().products.back().push_back([=] {
     const int lane = threadIdx.x % LANES, r = threadIdx.x / LANES % 4 * 16 + lane / 4, q = lane % 4 * 2;
     auto element = [](u64 matrix, int row, int k) {
       const u32 at = (matrix & 0x3fff) * 16, across = (matrix >> 16 & 0x3fff) * 16, down = (matrix >> 32 & 0x3fff) * 16;
