@@ -537,6 +537,201 @@ struct Part {
   }
 };
 
+// What a warpgroup, the `group`th of its block, does with its sums of the tile that a part is at: 64 rows of W, by TOKENS.
+template <bool BF16, int GROUPS, int TOKENS>
+__device__ __forceinline__ void finish_tile(const Call& call, const Part& now, i64 all, float (&sum)[TOKENS / 2], int group) {
+  const Matrix& w = call.w;
+  const int thread = threadIdx.x % 128, lane = thread % LANES, warp = thread / LANES;
+  auto piece = [&](int block) {  // the sums that a block leaves
+    return (float4*)call.partial + ((i64)block * GROUPS + group) * (TOKENS / 8 * 128) + thread;
+  };
+  if (now.stop < (now.tile + 1) * now.spans) {
+    float4* to = piece(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++)
+      to[i * 128] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+    raise_flag(call.flags + blockIdx.x * GROUPS + group, group);
+    return;
+  }
+  int other = blockIdx.x;
+  for (int begin = now.at; begin > now.tile * now.spans;) {
+    begin = (int)(all * --other / gridDim.x);
+    wait_flag(call.flags + other * GROUPS + group);
+    const float4* from = piece(other);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++) {
+      const float4 four = load_shared_by_all(from + i * 128);
+      sum[4 * i] += four.x, sum[4 * i + 1] += four.y, sum[4 * i + 2] += four.z, sum[4 * i + 3] += four.w;
+    }
+  }
+  // Of each 8 rows and 8 tokens a lane has two tokens of a row; it writes two rows of a token.
+  const int token_tiles = (call.tokens + TOKENS - 1) / TOKENS, tokens = now.tile % token_tiles * TOKENS + lane / 4;
+  const int rows = (now.tile / token_tiles * GROUPS + group) * 64 + warp * 16;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int mine = rows + 8 * half + lane / 4, row = rows + 8 * half + lane % 4 * 2;
+    const float bias = call.bias && mine < w.rows ? to_float<BF16>(call.bias[mine]) : 0.0f;
+    u16* y = call.y + (i64)tokens * w.rows + row;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; i++) {
+      const float* both = sum + 4 * i + 2 * half;
+      const u32 pair = transposed(rounded<BF16>(both[0] + bias) | (u32)rounded<BF16>(both[1] + bias) << 16);
+      if (tokens + 8 * i < call.tokens) {
+        if (row + 1 < w.rows && w.rows % 2 == 0) *(u32*)y = pair;
+        else {
+          if (row < w.rows) y[0] = pair;
+          if (row + 1 < w.rows) y[1] = pair >> 16;
+        }
+      }
+      y += 8 * (i64)w.rows;
+    }
+  }
+}
+
+// ---- direct: Hopper, where every SPREAD columns have the same number of values
+
+// Values from the `start`th on, of those that are packed in `from`; two each.
+template <int IN, int OUT>
+__device__ __forceinline__ void window(const u32 (&from)[IN], int start, u32 (&to)[OUT]) {
+  u32 moved[IN];
+#pragma unroll
+  for (int i = 0; i < IN; i++) moved[i] = from[i];
+#pragma unroll
+  for (int step = 8; step; step /= 2)  // numbers: 2 * step values
+    if (step < IN) {
+      const bool far = start & 2 * step;
+#pragma unroll
+      for (int i = 0; i < IN && i < OUT + step; i++) moved[i] = far ? (i + step < IN ? moved[i + step] : 0) : moved[i];
+    }
+#pragma unroll
+  for (int i = 0; i < OUT; i++) to[i] = i < IN ? shifted(moved[i], i + 1 < IN ? moved[i + 1] : 0, start % 2 * 16) : 0;
+}
+
+// A word's 32 columns, two each, from its values in column order.
+template <int SLOTS, int SPREAD>
+__device__ __forceinline__ void expand_word(const Words<SLOTS, false>& word, u32 selectors, u32 (&columns)[16]) {
+  const u32 bits = word.bits;
+  const auto before = [&](int column) {  // values: known where as many columns always have as many
+    const int known = column / SPREAD * SPREAD;
+    return known / 4 * SLOTS / 8 + (column > known ? __popc(bits & (1u << column) - (1u << known)) : 0);
+  };
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    u32 sixteen[8];
+    window(word.values, before(16 * half), sixteen);
+#pragma unroll
+    for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
+      u32 eight[4];
+      window(sixteen, before(8 * quarter) - before(16 * half), eight);
+#pragma unroll
+      for (int group = 2 * quarter; group < 2 * quarter + 2; group++) {
+        u32 four[2];
+        window(eight, before(4 * group) - before(8 * quarter), four);
+        const uint2 how = load8(selectors + ((group ? bits >> (4 * group - 3) : bits << 3) & 120));
+        columns[2 * group] = permute(four[0], 0, how.x);
+        columns[2 * group + 1] = permute(permute(four[0], four[1], how.x >> 16), 0, how.y);
+      }
+    }
+  }
+}
+
+// Selectors of `permute` for the bits of four columns: for the first two; which values come after theirs; and for the
+// other two.
+__device__ __forceinline__ uint2 selectors_of(u32 bits) {
+  const auto two = [](u32 bits) { return bits == 0 ? 0x4444u : bits == 1 ? 0x4410u : bits == 2 ? 0x1044u : 0x3210u; };
+  const u32 count = (bits & 1) + (bits >> 1 & 1), after = count == 0 ? 0x3210 : count == 1 ? 0x5432 : 0x7654;
+  return make_uint2(two(bits & 3) | after << 16, two(bits >> 2 & 3));
+}
+
+// A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
+template <bool BF16, int SLOTS, int SPREAD, int GROUPS, int TOKENS>
+__global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : GROUPS == 1 ? 4 : 2) direct(const Call call) {
+  SHARED(memory);
+  constexpr int AHEAD = TOKENS > 128 ? 1 : 2, STAGES = AHEAD + 1;  // steps that are asked for; and the one at hand
+  constexpr int ROWS = 64 * GROUPS, X = TOKENS / 8 * BLOCKS;
+  typedef Words<SLOTS, false> Word;
+  const Matrix& w = call.w;
+  const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
+  const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
+  const u32 staged = (address(memory) + BLOCK - 1) / BLOCK * BLOCK, selectors = staged + STAGES * X;
+  const u32 asked = selectors + 128, full = asked + AHEAD * 8 * GROUPS * Word::ROOM, empty = full + 8 * STAGES;
+  if (threadIdx.x < 16) {
+    const uint2 how = selectors_of(threadIdx.x);
+    store8(selectors + 8 * threadIdx.x, how.x, how.y);
+  }
+  if (threadIdx.x < STAGES) {
+    start_barrier(full + 8 * threadIdx.x, 1);
+    start_barrier(empty + 8 * threadIdx.x, GROUPS);
+  }
+  publish_barriers();
+  __syncthreads();
+  const i64 all = (i64)((w.rows + ROWS - 1) / ROWS) * token_tiles * spans;
+  Part now(spans, all, blockIdx.x, gridDim.x);
+  // Two walks over the part's steps: one asks for words and x, the other multiplies them, AHEAD steps behind.
+  Part later = now;
+  int at, row, more = 0;  // the words that it asks for next, and how often before the tile ends
+  const char* x;          // and these tokens
+  auto room = [&](int slot, int i) { return asked + ((slot * 4 * GROUPS + warp) * 2 + i) * Word::ROOM; };
+  auto ask = [&](int slot) INLINE {
+    if (more == 0 && later.is_left()) {
+      at = 4 * later.span(), row = later.tile / token_tiles * ROWS + 16 * warp, more = later.stop - later.at;
+      x = (const char*)call.x + ((i64)(later.tile % token_tiles) * spans + later.span()) * X;
+      later.leave();
+    }
+    if (more) {
+      Word::ask(room(slot, 0), w, row, at, lane);
+      Word::ask(room(slot, 1), w, row + 8, at, lane);
+    }
+    commit_copies();
+  };
+  auto ask_x = [&](int stage, int turn) INLINE {
+    if (more == 0) return;
+    if (threadIdx.x == 0) {
+      wait_barrier(empty + 8 * stage, turn ^ 1);
+      copy_many(staged + stage * X, x, X, full + 8 * stage);
+    }
+    x += X, at += 4, more--;
+  };
+  for (int i = 0; i < AHEAD; i++) {
+    ask(i);
+    if (i == 0) wait_for_kernel_before();
+    ask_x(i, 0);
+  }
+  int slot = 0, stage = 0, turn = 0;
+  for (; now.is_left(); now.leave()) {
+    float sum[TOKENS / 2] = {};
+    for (int steps = now.stop - now.at; steps; steps--) {
+      wait_copies<AHEAD - 1>();
+      __syncwarp();
+      Word words[2];
+      words[0].take(room(slot, 0), lane);
+      words[1].take(room(slot, 1), lane);
+      __syncwarp();
+      ask(slot);
+      u32 a[2][16];
+      expand_word<SLOTS, SPREAD>(words[0], selectors, a[0]);
+      expand_word<SLOTS, SPREAD>(words[1], selectors, a[1]);
+      ask_x(stage ? stage - 1 : AHEAD, stage ? turn ^ 1 : turn);
+      wait_barrier(full + 8 * stage, turn);
+      __syncwarp();
+      begin_products();
+      const u64 b = described(staged + stage * X, BLOCK, BLOCKS);
+#pragma unroll
+      for (int j = 0; j < SPAN / 16; j++)
+        multiply_rows<BF16, TOKENS>(sum, a[0][2 * j], a[1][2 * j], a[0][2 * j + 1], a[1][2 * j + 1], further(b, 2 * BLOCK * j));
+      commit_products();
+      wait_products<0>();
+      keep(sum);
+      keep(a[0]);
+      keep(a[1]);
+      if (threadIdx.x % 128 == 0) arrive(empty + 8 * stage);
+      if (++stage == STAGES) stage = 0, turn ^= 1;
+      if (++slot == AHEAD) slot = 0;
+    }
+    finish_tile<BF16, GROUPS, TOKENS>(call, now, all, sum, warp / 4);
+  }
+}
+
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
 __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
@@ -708,49 +903,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       wait_products<0>();
       keep(sum);
       if (thread == 0) arrive(empty + 8 * before);
-      auto piece = [&](int block) {  // the sums that a block leaves
-        return (float4*)call.partial + ((i64)block * GROUPS + group) * (TOKENS / 8 * 128) + thread;
-      };
-      if (now.stop < (now.tile + 1) * spans) {
-        float4* to = piece(blockIdx.x);
-#pragma unroll
-        for (int i = 0; i < TOKENS / 8; i++)
-          to[i * 128] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-        raise_flag(call.flags + blockIdx.x * GROUPS + group, group);
-        continue;
-      }
-      int other = blockIdx.x;
-      for (int begin = now.at; begin > now.tile * spans;) {
-        begin = (int)(all * --other / gridDim.x);
-        wait_flag(call.flags + other * GROUPS + group);
-        const float4* from = piece(other);
-#pragma unroll
-        for (int i = 0; i < TOKENS / 8; i++) {
-          const float4 four = load_shared_by_all(from + i * 128);
-          sum[4 * i] += four.x, sum[4 * i + 1] += four.y, sum[4 * i + 2] += four.z, sum[4 * i + 3] += four.w;
-        }
-      }
-      // Of each 8 rows and 8 tokens a lane has two tokens of a row; it writes two rows of a token.
-      const int rows = now.tile / token_tiles * ROWS + warp * 16, tokens = now.tile % token_tiles * TOKENS + lane / 4;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int mine = rows + 8 * half + lane / 4, row = rows + 8 * half + lane % 4 * 2;
-        const float bias = call.bias && mine < w.rows ? to_float<BF16>(call.bias[mine]) : 0.0f;
-        u16* y = call.y + (i64)tokens * w.rows + row;
-#pragma unroll
-        for (int i = 0; i < TOKENS / 8; i++) {
-          const float* both = sum + 4 * i + 2 * half;
-          const u32 pair = transposed(rounded<BF16>(both[0] + bias) | (u32)rounded<BF16>(both[1] + bias) << 16);
-          if (tokens + 8 * i < call.tokens) {
-            if (row + 1 < w.rows && w.rows % 2 == 0) *(u32*)y = pair;
-            else {
-              if (row < w.rows) y[0] = pair;
-              if (row + 1 < w.rows) y[1] = pair >> 16;
-            }
-          }
-          y += 8 * (i64)w.rows;
-        }
-      }
+      finish_tile<BF16, GROUPS, TOKENS>(call, now, all, sum, group);
     }
   }
 }

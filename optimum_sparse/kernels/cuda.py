@@ -130,6 +130,16 @@ def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int)
     return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16) + 64 + asked, tile, groups)
 
 
+def direct(layout: Layout, tokens: int, spread: int, groups: int, tile: int, processors: int) -> Launch:
+    """`direct` with these template arguments: 64 * groups rows and `tile` tokens at a time."""
+    kernel = f"direct<{TYPES[layout.dtype]},{layout.slots},{spread},{groups},{tile}>"
+    rows, ahead = 64 * groups, 1 if tile > 128 else 2
+    steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // SPAN)
+    resident = 1 if tile > 64 else 2 if groups == 2 else 3 if tile == 64 else 4
+    shared = 128 + (ahead + 1) * (256 * tile + 16) + 128 + ahead * rows * (8 * layout.slots + 32)
+    return Launch(kernel, (max(1, min(steps // 2, processors * resident)), 1), 128 * groups, shared, tile, groups)
+
+
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out] by what `plan` says."""
     y = x.new_empty(x.shape[0], matrix.layout.rows)
