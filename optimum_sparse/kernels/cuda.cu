@@ -34,9 +34,11 @@ struct Call {
   const u16* bias;  // [rows] or null
   u16* y;           // [tokens, rows]; `expand`: the dense W
   int tokens;
-  int parts;       // of what follows; `stream` only
-  int* flags;      // [parts] zeros
-  float* partial;  // [parts, ...]
+  // What follows is for `stream` only.
+  int count;       // of flags
+  int* flags;      // [blocks, GROUPS], cleared by `arrange`
+  float* partial;  // [blocks, GROUPS, ...]
+  int each, rest;  // steps of a block: the first `rest` blocks have one more
 };
 
 constexpr int STEP = 32;  // words, one per lane: 1,024 columns that a warp takes at a time
@@ -210,6 +212,7 @@ __device__ __forceinline__ void add(float value, const u32* here, float* sum) {
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(512) gather(const Call call) {
   SHARED(memory);
+  take_turn();
   constexpr int EACH = TOKENS == 4 ? 2 : 1;
   u32* staged = (u32*)memory;
   const Matrix& w = call.w;
@@ -362,6 +365,7 @@ __device__ __forceinline__ void write(const Words<SLOTS, OVERFLOW>& words, const
 template <bool BF16, int SLOTS, bool OVERFLOW, int ROW_TILES, int TOKEN_TILES>
 __global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES == 1 ? 3 : 1) multiply(const Call call) {
   SHARED(memory);
+  take_turn();
   constexpr int MINE = 2 * ROW_TILES, TILE = 16 * Banks::ROW;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
@@ -422,6 +426,7 @@ __device__ __forceinline__ u32 pair_selectors(u32 bits) {
 template <bool BF16, int ROW_TILES, int TOKEN_TILES>
 __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call) {
   SHARED(memory);
+  take_turn();
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
   const int words = w.columns / 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
@@ -491,10 +496,11 @@ __global__ void arrange(const Call call) {
   const int lane = threadIdx.x % LANES, spans = (call.w.columns + SPAN - 1) / SPAN;
   const int group = blockIdx.y, span = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
   const int token = 8 * group + lane / 4, column = SPAN * span + lane % 4 * 32;
-  for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x; i < call.parts;
+  wait_for_kernel_before();
+  let_next_kernel_begin();
+  for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x; i < call.count;
        i += gridDim.x * gridDim.y * blockDim.x)
     call.flags[i] = 0;
-  let_next_kernel_begin();
   if (span >= spans) return;
   uint4 x[4];
 #pragma unroll
@@ -520,9 +526,16 @@ __global__ void arrange(const Call call) {
 struct Part {
   int spans, from, tile, at, stop;  // in spans; `at` and `stop` in the tile's piece
 
-  __device__ __forceinline__ Part(int spans, i64 all, int part, int parts) : spans(spans) {
-    from = (int)(all * part / parts);
-    stop = (int)(all * (part + 1) / parts);
+  static __device__ __forceinline__ int begin(const Call& call, int block) {
+    return block * call.each + min(block, call.rest);
+  }
+  static __device__ __forceinline__ int block_of(const Call& call, int step) {
+    const int longer = call.rest * (call.each + 1);
+    return step < longer ? step / (call.each + 1) : call.rest + (step - longer) / call.each;
+  }
+  __device__ __forceinline__ Part(const Call& call, int spans, int block) : spans(spans) {
+    from = begin(call, block);
+    stop = begin(call, block + 1);
     enter();
   }
   __device__ __forceinline__ void enter() {  // the tile before `stop`
@@ -539,29 +552,39 @@ struct Part {
 
 // What a warpgroup, the `group`th of its block, does with its sums of the tile that a part is at: 64 rows of W, by TOKENS.
 template <bool BF16, int GROUPS, int TOKENS>
-__device__ __forceinline__ void finish_tile(const Call& call, const Part& now, i64 all, float (&sum)[TOKENS / 2], int group) {
+__device__ __forceinline__ void finish_tile(const Call& call, const Part& now, float (&sum)[TOKENS / 2], int group) {
+  constexpr int FOURS = TOKENS / 8, TOGETHER = TOKENS < 64 ? 64 / TOKENS : 1;  // pieces that are on their way at a time
   const Matrix& w = call.w;
-  const int thread = threadIdx.x % 128, lane = thread % LANES, warp = thread / LANES;
+  const int thread = threadIdx.x % 128, lane = thread % LANES, warp = thread / LANES, block = blockIdx.x;
   auto piece = [&](int block) {  // the sums that a block leaves
-    return (float4*)call.partial + ((i64)block * GROUPS + group) * (TOKENS / 8 * 128) + thread;
+    return (float4*)call.partial + ((i64)block * GROUPS + group) * (FOURS * 128) + thread;
   };
   if (now.stop < (now.tile + 1) * now.spans) {
-    float4* to = piece(blockIdx.x);
+    float4* to = piece(block);
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; i++)
+    for (int i = 0; i < FOURS; i++)
       to[i * 128] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-    raise_flag(call.flags + blockIdx.x * GROUPS + group, group);
+    raise_flag(call.flags + block * GROUPS + group, group);
     return;
   }
-  int other = blockIdx.x;
-  for (int begin = now.at; begin > now.tile * now.spans;) {
-    begin = (int)(all * --other / gridDim.x);
-    wait_flag(call.flags + other * GROUPS + group);
-    const float4* from = piece(other);
+  const int first = Part::block_of(call, now.tile * now.spans);  // that has a piece of the tile
+  if (first < block) {
+    for (int other = first + thread; other < block; other += 128) wait_flag(call.flags + other * GROUPS + group);
+    meet(group);
+    for (int other = block - 1; other >= first; other -= TOGETHER) {
+      float4 found[TOGETHER][FOURS];
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; i++) {
-      const float4 four = load_shared_by_all(from + i * 128);
-      sum[4 * i] += four.x, sum[4 * i + 1] += four.y, sum[4 * i + 2] += four.z, sum[4 * i + 3] += four.w;
+      for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+        for (int i = 0; i < FOURS; i++)
+          found[k][i] = other - k >= first ? load_shared_by_all(piece(other - k) + i * 128) : make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int k = 0; k < TOGETHER; k++)
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+          sum[4 * i] += found[k][i].x, sum[4 * i + 1] += found[k][i].y;
+          sum[4 * i + 2] += found[k][i].z, sum[4 * i + 3] += found[k][i].w;
+        }
     }
   }
   // Of each 8 rows and 8 tokens a lane has two tokens of a row; it writes two rows of a token.
@@ -588,150 +611,6 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, i
   }
 }
 
-// ---- direct: Hopper, where every SPREAD columns have the same number of values
-
-// Values from the `start`th on, of those that are packed in `from`; two each.
-template <int IN, int OUT>
-__device__ __forceinline__ void window(const u32 (&from)[IN], int start, u32 (&to)[OUT]) {
-  u32 moved[IN];
-#pragma unroll
-  for (int i = 0; i < IN; i++) moved[i] = from[i];
-#pragma unroll
-  for (int step = 8; step; step /= 2)  // numbers: 2 * step values
-    if (step < IN) {
-      const bool far = start & 2 * step;
-#pragma unroll
-      for (int i = 0; i < IN && i < OUT + step; i++) moved[i] = far ? (i + step < IN ? moved[i + step] : 0) : moved[i];
-    }
-#pragma unroll
-  for (int i = 0; i < OUT; i++) to[i] = i < IN ? shifted(moved[i], i + 1 < IN ? moved[i + 1] : 0, start % 2 * 16) : 0;
-}
-
-// A word's 32 columns, two each, from its values in column order.
-template <int SLOTS, int SPREAD>
-__device__ __forceinline__ void expand_word(const Words<SLOTS, false>& word, u32 selectors, u32 (&columns)[16]) {
-  const u32 bits = word.bits;
-  const auto before = [&](int column) {  // values: known where as many columns always have as many
-    const int known = column / SPREAD * SPREAD;
-    return known / 4 * SLOTS / 8 + (column > known ? __popc(bits & (1u << column) - (1u << known)) : 0);
-  };
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    u32 sixteen[8];
-    window(word.values, before(16 * half), sixteen);
-#pragma unroll
-    for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
-      u32 eight[4];
-      window(sixteen, before(8 * quarter) - before(16 * half), eight);
-#pragma unroll
-      for (int group = 2 * quarter; group < 2 * quarter + 2; group++) {
-        u32 four[2];
-        window(eight, before(4 * group) - before(8 * quarter), four);
-        const uint2 how = load8(selectors + ((group ? bits >> (4 * group - 3) : bits << 3) & 120));
-        columns[2 * group] = permute(four[0], 0, how.x);
-        columns[2 * group + 1] = permute(permute(four[0], four[1], how.x >> 16), 0, how.y);
-      }
-    }
-  }
-}
-
-// Selectors of `permute` for the bits of four columns: for the first two; which values come after theirs; and for the
-// other two.
-__device__ __forceinline__ uint2 selectors_of(u32 bits) {
-  const auto two = [](u32 bits) { return bits == 0 ? 0x4444u : bits == 1 ? 0x4410u : bits == 2 ? 0x1044u : 0x3210u; };
-  const u32 count = (bits & 1) + (bits >> 1 & 1), after = count == 0 ? 0x3210 : count == 1 ? 0x5432 : 0x7654;
-  return make_uint2(two(bits & 3) | after << 16, two(bits >> 2 & 3));
-}
-
-// A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
-template <bool BF16, int SLOTS, int SPREAD, int GROUPS, int TOKENS>
-__global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : GROUPS == 1 ? 4 : 2) direct(const Call call) {
-  SHARED(memory);
-  constexpr int AHEAD = TOKENS > 128 ? 1 : 2, STAGES = AHEAD + 1;  // steps that are asked for; and the one at hand
-  constexpr int ROWS = 64 * GROUPS, X = TOKENS / 8 * BLOCKS;
-  typedef Words<SLOTS, false> Word;
-  const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
-  const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
-  const u32 staged = (address(memory) + BLOCK - 1) / BLOCK * BLOCK, selectors = staged + STAGES * X;
-  const u32 asked = selectors + 128, full = asked + AHEAD * 8 * GROUPS * Word::ROOM, empty = full + 8 * STAGES;
-  if (threadIdx.x < 16) {
-    const uint2 how = selectors_of(threadIdx.x);
-    store8(selectors + 8 * threadIdx.x, how.x, how.y);
-  }
-  if (threadIdx.x < STAGES) {
-    start_barrier(full + 8 * threadIdx.x, 1);
-    start_barrier(empty + 8 * threadIdx.x, GROUPS);
-  }
-  publish_barriers();
-  __syncthreads();
-  const i64 all = (i64)((w.rows + ROWS - 1) / ROWS) * token_tiles * spans;
-  Part now(spans, all, blockIdx.x, gridDim.x);
-  // Two walks over the part's steps: one asks for words and x, the other multiplies them, AHEAD steps behind.
-  Part later = now;
-  int at, row, more = 0;  // the words that it asks for next, and how often before the tile ends
-  const char* x;          // and these tokens
-  auto room = [&](int slot, int i) { return asked + ((slot * 4 * GROUPS + warp) * 2 + i) * Word::ROOM; };
-  auto ask = [&](int slot) INLINE {
-    if (more == 0 && later.is_left()) {
-      at = 4 * later.span(), row = later.tile / token_tiles * ROWS + 16 * warp, more = later.stop - later.at;
-      x = (const char*)call.x + ((i64)(later.tile % token_tiles) * spans + later.span()) * X;
-      later.leave();
-    }
-    if (more) {
-      Word::ask(room(slot, 0), w, row, at, lane);
-      Word::ask(room(slot, 1), w, row + 8, at, lane);
-    }
-    commit_copies();
-  };
-  auto ask_x = [&](int stage, int turn) INLINE {
-    if (more == 0) return;
-    if (threadIdx.x == 0) {
-      wait_barrier(empty + 8 * stage, turn ^ 1);
-      copy_many(staged + stage * X, x, X, full + 8 * stage);
-    }
-    x += X, at += 4, more--;
-  };
-  for (int i = 0; i < AHEAD; i++) {
-    ask(i);
-    if (i == 0) wait_for_kernel_before();
-    ask_x(i, 0);
-  }
-  int slot = 0, stage = 0, turn = 0;
-  for (; now.is_left(); now.leave()) {
-    float sum[TOKENS / 2] = {};
-    for (int steps = now.stop - now.at; steps; steps--) {
-      wait_copies<AHEAD - 1>();
-      __syncwarp();
-      Word words[2];
-      words[0].take(room(slot, 0), lane);
-      words[1].take(room(slot, 1), lane);
-      __syncwarp();
-      ask(slot);
-      u32 a[2][16];
-      expand_word<SLOTS, SPREAD>(words[0], selectors, a[0]);
-      expand_word<SLOTS, SPREAD>(words[1], selectors, a[1]);
-      ask_x(stage ? stage - 1 : AHEAD, stage ? turn ^ 1 : turn);
-      wait_barrier(full + 8 * stage, turn);
-      __syncwarp();
-      begin_products();
-      const u64 b = described(staged + stage * X, BLOCK, BLOCKS);
-#pragma unroll
-      for (int j = 0; j < SPAN / 16; j++)
-        multiply_rows<BF16, TOKENS>(sum, a[0][2 * j], a[1][2 * j], a[0][2 * j + 1], a[1][2 * j + 1], further(b, 2 * BLOCK * j));
-      commit_products();
-      wait_products<0>();
-      keep(sum);
-      keep(a[0]);
-      keep(a[1]);
-      if (threadIdx.x % 128 == 0) arrive(empty + 8 * stage);
-      if (++stage == STAGES) stage = 0, turn ^= 1;
-      if (++slot == AHEAD) slot = 0;
-    }
-    finish_tile<BF16, GROUPS, TOKENS>(call, now, all, sum, warp / 4);
-  }
-}
-
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
 __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
@@ -747,6 +626,30 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   const u32 tiles = (address(memory) + BLOCKS - 1) / BLOCKS * BLOCKS;  // so that `|` can add what is inside of blocks
   const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES, selectors = empty + 8 * STAGES;
   const u32 asked = selectors + 64;  // [AHEAD][word of the block's]
+  Part now(call, spans, blockIdx.x), later = now;
+  int stage = 0, turn = 0;
+
+  // Warps that expand walk twice over the part's steps: one walk asks for words, the other expands them, AHEAD steps behind.
+  const int mine = warp - 4 * GROUPS, part = lane % 4;
+  int at, row_asked, more = 0;  // the words that are asked for next, and how often before the tile ends
+  auto first_row = [&](const Part& part) { return part.tile / token_tiles * ROWS + 8 * mine; };
+  auto room = [&](int slot, int i) { return asked + ((slot * EXPANDERS + mine) * WORDS + i) * Word::ROOM; };
+  auto ask = [&](int slot) INLINE {
+    if (more == 0 && later.is_left()) {
+      at = 4 * later.span(), row_asked = first_row(later), more = later.stop - later.at;
+      later.leave();
+    }
+    if (more) {
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) Word::ask(room(slot, i), w, row_asked + 8 * EXPANDERS * i, at, lane);
+      at += 4, more--;
+    }
+    commit_copies();
+  };
+  if (mine >= 0)  // before all else: W does not wait for what x waits for
+    for (int slot = 0; slot < AHEAD; slot++) ask(slot);
+
+  let_next_kernel_begin();
   if (PAIRS && threadIdx.x < 16) store4(selectors + 4 * threadIdx.x, pair_selectors(threadIdx.x));
   if (threadIdx.x < STAGES) {
     start_barrier(full + 8 * threadIdx.x, EXPANDERS + 1);  // and x
@@ -754,30 +657,9 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   }
   publish_barriers();
   __syncthreads();
-  const i64 all = (i64)((w.rows + ROWS - 1) / ROWS) * token_tiles * spans;
-  Part now(spans, all, blockIdx.x, gridDim.x);
-  int stage = 0, turn = 0;
 
-  if (warp >= 4 * GROUPS) {
-    const int mine = warp - 4 * GROUPS, part = lane % 4;
+  if (mine >= 0) {
     const u32 minus_one = opaque(0xffffffff);  // what it multiplies is subtracted by units that have less to do
-    // Two walks over the part's steps: one asks for words, the other expands them, AHEAD steps behind.
-    Part later = now;
-    int at, row_asked, more = 0;  // the words that it asks for next, and how often before the tile ends
-    auto first_row = [&](const Part& part) { return part.tile / token_tiles * ROWS + 8 * mine; };
-    auto room = [&](int slot, int i) { return asked + ((slot * EXPANDERS + mine) * WORDS + i) * Word::ROOM; };
-    auto ask = [&](int slot) INLINE {
-      if (more == 0 && later.is_left()) {
-        at = 4 * later.span(), row_asked = first_row(later), more = later.stop - later.at;
-        later.leave();
-      }
-      if (more) {
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) Word::ask(room(slot, i), w, row_asked + 8 * EXPANDERS * i, at, lane);
-        at += 4, more--;
-      }
-      commit_copies();
-    };
     int left = 0;                          // steps of the tile
     const char* x;                         // of the next step
     int overflow[WORDS], no_more[WORDS];  // of what is next in a row, and after the row
@@ -864,7 +746,6 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       if (lane == 0) arrive(ready);
       if (++stage == STAGES) stage = 0, turn ^= 1;
     };
-    for (int slot = 0; slot < AHEAD; slot++) ask(slot);
     if (mine == 0) wait_for_kernel_before();
     for (int slot = 0; now.is_left(); now.leave()) {
       enter();
@@ -903,7 +784,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       wait_products<0>();
       keep(sum);
       if (thread == 0) arrive(empty + 8 * before);
-      finish_tile<BF16, GROUPS, TOKENS>(call, now, all, sum, group);
+      finish_tile<BF16, GROUPS, TOKENS>(call, now, sum, group);
     }
   }
 }
@@ -914,6 +795,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 template <int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(WARPS * LANES) expand(const Call call) {
   SHARED(memory);
+  take_turn();
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, steps = (w.columns / 32 + STEP - 1) / STEP;
   const u32 tile = address(memory) + warp * Strips::ROW;

@@ -130,16 +130,6 @@ def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int)
     return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16) + 64 + asked, tile, groups)
 
 
-def direct(layout: Layout, tokens: int, spread: int, groups: int, tile: int, processors: int) -> Launch:
-    """`direct` with these template arguments: 64 * groups rows and `tile` tokens at a time."""
-    kernel = f"direct<{TYPES[layout.dtype]},{layout.slots},{spread},{groups},{tile}>"
-    rows, ahead = 64 * groups, 1 if tile > 128 else 2
-    steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // SPAN)
-    resident = 1 if tile > 64 else 2 if groups == 2 else 3 if tile == 64 else 4
-    shared = 128 + (ahead + 1) * (256 * tile + 16) + 128 + ahead * rows * (8 * layout.slots + 32)
-    return Launch(kernel, (max(1, min(steps // 2, processors * resident)), 1), 128 * groups, shared, tile, groups)
-
-
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out] by what `plan` says."""
     y = x.new_empty(x.shape[0], matrix.layout.rows)
@@ -171,9 +161,11 @@ class _Call(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("tokens", ctypes.c_int32),
-        ("parts", ctypes.c_int32),
+        ("count", ctypes.c_int32),
         ("flags", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
+        ("each", ctypes.c_int32),
+        ("rest", ctypes.c_int32),
     )
 
 
@@ -194,9 +186,11 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         call.bias = bias.data_ptr()
     if launch.tile and x is not None:
         spans, tokens = -(-layout.in_features // SPAN), -(-len(x) // launch.tile) * launch.tile
-        call.parts = launch.grid[0] * launch.groups
-        arranged, sums = 2 * tokens * spans * SPAN, call.parts * 64 * launch.tile * 4
-        scratch = torch.empty(arranged + sums + 4 * call.parts, dtype=torch.uint8, device=y.device)
+        steps = -(-layout.rows // (64 * launch.groups)) * (tokens // launch.tile) * spans
+        call.each, call.rest = divmod(steps, launch.grid[0])
+        call.count = launch.grid[0] * launch.groups
+        arranged, sums = 2 * tokens * spans * SPAN, call.count * 64 * launch.tile * 4
+        scratch = torch.empty(arranged + sums + 4 * call.count, dtype=torch.uint8, device=y.device)
         call.y = scratch.data_ptr()
         call.partial, call.flags = call.y + arranged, call.y + arranged + sums
         _run(Launch(f"arrange<{launch.tile}>", (-(-spans // 4), tokens // 8), 128, 0), call, y.get_device())
@@ -216,7 +210,7 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
         with torch.cuda.device(device):
             return _run(launch, call, device)
     function = _function(launch.kernel, device)
-    config = _config(launch, torch.cuda.current_stream(device).cuda_stream)
+    config = _config(launch, device, torch.cuda.current_stream(device).cuda_stream)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
@@ -227,14 +221,14 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(launch: Launch, stream: int) -> Any:
-    """How a kernel is launched; `stream` before the end of `arrange`, for whose results it waits itself."""
+def _config(launch: Launch, device: int, stream: int) -> Any:
+    """How a kernel is launched: from Hopper on before the one before it has ended, for which it waits itself."""
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
     config.sharedMemBytes, config.hStream = launch.shared, stream
-    if launch.tile:
+    if torch.cuda.get_device_capability(device) >= HOPPER:
         attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         value.programmaticStreamSerializationAllowed = 1

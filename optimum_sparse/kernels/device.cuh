@@ -47,9 +47,6 @@ __device__ __forceinline__ u32 opaque(u32 x) {
   return x;
 }
 
-// b:a shifted by so many bits, and the lower half of it.
-__device__ __forceinline__ u32 shifted(u32 a, u32 b, int by) { return __funnelshift_r(a, b, by); }
-
 // Four of the eight bytes of b:a, one for each hexadecimal digit of `selector`.
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
@@ -144,6 +141,24 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 
+// ---- kernels: on Hopper one may begin before the one that it is launched after has ended, once that allows it. Then it
+// waits before it reads what may come from there.
+
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void take_turn() {
+  let_next_kernel_begin();
+  wait_for_kernel_before();
+}
+
 // ---- warps
 
 template <int OVER = LANES, class T>  // neighbours
@@ -208,9 +223,10 @@ __device__ __forceinline__ void copy_many(u32 to, const void* from, int bytes, u
 // Ordinary stores to shared memory, before tensor cores read them.
 __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// What this warpgroup, the `number`th of the block, wrote to global memory is there for all who wait for the flag.
+// The threads of a warpgroup, the `number`th of the block, meet; what it wrote to global memory is there for all who wait for the flag.
+__device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory"); }
 __device__ __forceinline__ void raise_flag(int* flag, int number) {
-  asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
+  meet(number);
   if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
 __device__ __forceinline__ void wait_flag(const int* flag) {
@@ -220,10 +236,6 @@ __device__ __forceinline__ void wait_flag(const int* flag) {
 }
 __device__ __forceinline__ float4 load_shared_by_all(const float4* p) { return __ldcg(p); }  // past L1
 
-// A kernel may begin before the one that it is launched after has ended, if that allows it; then it waits for its results.
-__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LATER>  // for all but the last LATER commits
@@ -231,11 +243,6 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
 }
 template <int N>  // the compiler reads `c` no earlier than here
-__device__ __forceinline__ void keep(u32 (&c)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(c[i])::"memory");
-}
-template <int N>
 __device__ __forceinline__ void keep(float (&c)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
@@ -273,11 +280,6 @@ __device__ __forceinline__ u64 described(u32 at, int across, int down) {
   return (u64)(across / 16) << 16 | (u64)(down / 16) << 32 | (at & 0x3ffff) / 16;
 }
 __device__ __forceinline__ u64 further(u64 matrix, int bytes) { return matrix + bytes / 16; }
-#define ROWS_WGMMA(N, TYPE, NUMBERS, D, A0, A1, A2, A3, B)                                                  \
-  asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0;\n"                                                     \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NUMBERS "}, "           \
-               "{%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1, 0; }"                                \
-               : D : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
 // c [64, TOKENS] += a [row][column] [64, 16] b [token][column] [TOKENS, 16], a warpgroup together: PTX ISA,
 // wgmma.mma_async. A lane's c: as of `mma`, for each 8 tokens; warps have 16 rows each.
 template <bool BF16, int TOKENS>
@@ -292,18 +294,4 @@ __device__ __forceinline__ void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64
   PRODUCT(64, 32, "32", "33")
   PRODUCT(128, 64, "64", "65")
   PRODUCT(256, 128, "128", "129")
-}
-// The same with a in registers, as of `mma`; the warps of the warpgroup have 16 rows each.
-template <bool BF16, int TOKENS>
-__device__ __forceinline__ void multiply_rows(float (&c)[TOKENS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-#define ROWS_PRODUCT(N, COUNT, A0, A1, A2, A3, B)                                            \
-  if constexpr (TOKENS == N) {                                                               \
-    if constexpr (BF16) ROWS_WGMMA(N, "bf16", R##COUNT, D##COUNT(0), A0, A1, A2, A3, B);     \
-    else ROWS_WGMMA(N, "f16", R##COUNT, D##COUNT(0), A0, A1, A2, A3, B);                     \
-  }
-  ROWS_PRODUCT(16, 8, "8", "9", "10", "11", "12")
-  ROWS_PRODUCT(32, 16, "16", "17", "18", "19", "20")
-  ROWS_PRODUCT(64, 32, "32", "33", "34", "35", "36")
-  ROWS_PRODUCT(128, 64, "64", "65", "66", "67", "68")
-  ROWS_PRODUCT(256, 128, "128", "129", "130", "131", "132")
 }

@@ -38,7 +38,6 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Index {
   int x, y;
@@ -170,7 +169,6 @@ inline u32 permute(u32 a, u32 b, u32 selector) {
   for (int i = 0; i < 4; i++) result |= (u32)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
-inline u32 shifted(u32 a, u32 b, int by) { return (u32)(((u64)b << 32 | a) >> by); }
 inline float __uint_as_float(u32 x) { return *(float*)&x; }
 inline u32 __float_as_uint(float x) { return *(u32*)&x; }
 template <bool BF16>
@@ -344,10 +342,13 @@ inline void copy_many(u32 to, const void* from, int bytes, u32 barrier) {
 }
 inline void publish_stores() {}
 // Blocks run one after the other: none waits for one that comes later.
-inline void raise_flag(int* flag, int number) {
+inline void meet(int number) {
   Barrier& group = block->groups[number];
   group.members = 128;
   wait_at(group);
+}
+inline void raise_flag(int* flag, int number) {
+  meet(number);
   *flag = 1;
 }
 inline void wait_flag(const int* flag) {
@@ -356,6 +357,7 @@ inline void wait_flag(const int* flag) {
 inline float4 load_shared_by_all(const float4* p) { return load_once(p); }
 inline void let_next_kernel_begin() {}
 inline void wait_for_kernel_before() {}
+inline void take_turn() {}
 inline void begin_products() {}
 inline void commit_products() { self().products.emplace_back(); }
 template <int LATER>
@@ -380,29 +382,5 @@ inline void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64 b) {
     for (int i = 0; i < TOKENS / 2; i++)
       for (int k = 0; k < 16; k++)
         sum[i] += element(a, r + i % 4 / 2 * 8, k) * element(b, i / 4 * 8 + q + i % 2, k);
-  });
-}
-// The same with a in registers: a0, a1 hold rows r, r + 8 of the warp at k = 2q, 2q + 1, a2, a3 the same at k + 8.
-template <bool BF16, int TOKENS>
-inline void multiply_rows(float (&c)[TOKENS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-  float* sum = c;
-  u64(*lanes)[6] = exchange(a0, a1, a2, a3);
-  const int lane = threadIdx.x % LANES, r = lane / 4;
-  float a[2][16];
-  for (int half = 0; half < 2; half++)
-    for (int k = 0; k < 16; k++) {
-      const u32 pair = (u32)lanes[4 * r + k % 8 / 2][half + k / 8 * 2];
-      a[half][k] = k % 2 ? high<BF16>(pair) : low<BF16>(pair);
-    }
-  std::array<float, 32> kept;
-  std::memcpy(kept.data(), a, sizeof a);
-  self().products.back().push_back([=] {
-    const int q = threadIdx.x % 4 * 2;
-    auto element = [](u64 matrix, int row, int k) {
-      const u32 at = (matrix & 0x3fff) * 16, across = (matrix >> 16 & 0x3fff) * 16, down = (matrix >> 32 & 0x3fff) * 16;
-      return (double)to_float<BF16>(*(u16*)checked(at + row / 8 * down + row % 8 * 16 + k / 8 * across + k % 8 * 2, 2));
-    };
-    for (int i = 0; i < TOKENS / 2; i++)
-      for (int k = 0; k < 16; k++) sum[i] += kept[i % 4 / 2 * 16 + k] * element(b, i / 4 * 8 + q + i % 2, k);
   });
 }

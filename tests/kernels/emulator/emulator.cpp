@@ -14,9 +14,6 @@
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
-#define DIRECT(BF16, SLOTS, SPREAD)                                                            \
-  ENTRY(direct<BF16,SLOTS,SPREAD,1,16>) ENTRY(direct<BF16,SLOTS,SPREAD,1,64>)                  \
-  ENTRY(direct<BF16,SLOTS,SPREAD,2,128>) ENTRY(direct<BF16,SLOTS,SPREAD,2,256>)
 #define PER_TYPE(BF16)                                                                        \
   PER_SLOTS(BF16, 16, false, 2) PER_SLOTS(BF16, 24, false, 2)                                 \
   PER_SLOTS(BF16, 16, true, 1) PER_SLOTS(BF16, 12, true, 1) PER_SLOTS(BF16, 4, true, 1)       \
@@ -27,8 +24,6 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   const std::string name = kernel;
   STREAM(true, 16, false, false) STREAM(true, 16, true, false) STREAM(true, 4, true, false)
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
-  DIRECT(true, 16, 4) DIRECT(true, 16, 8) DIRECT(true, 16, 16) DIRECT(true, 16, 32) DIRECT(false, 24, 4) DIRECT(true, 8, 4)
-  DIRECT(true, 12, 8)
   ENTRY(arrange<16>) ENTRY(arrange<64>) ENTRY(arrange<128>) ENTRY(arrange<256>)
   PER_TYPE(true)
   PER_TYPE(false)
