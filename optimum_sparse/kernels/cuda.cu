@@ -212,7 +212,6 @@ __device__ __forceinline__ void add(float value, const u32* here, float* sum) {
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(512) gather(const Call call) {
   SHARED(memory);
-  take_turn();
   constexpr int EACH = TOKENS == 4 ? 2 : 1;
   u32* staged = (u32*)memory;
   const Matrix& w = call.w;
@@ -365,7 +364,6 @@ __device__ __forceinline__ void write(const Words<SLOTS, OVERFLOW>& words, const
 template <bool BF16, int SLOTS, bool OVERFLOW, int ROW_TILES, int TOKEN_TILES>
 __global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES == 1 ? 3 : 1) multiply(const Call call) {
   SHARED(memory);
-  take_turn();
   constexpr int MINE = 2 * ROW_TILES, TILE = 16 * Banks::ROW;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
@@ -426,7 +424,6 @@ __device__ __forceinline__ u32 pair_selectors(u32 bits) {
 template <bool BF16, int ROW_TILES, int TOKEN_TILES>
 __global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call) {
   SHARED(memory);
-  take_turn();
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
   const int words = w.columns / 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
@@ -795,7 +792,6 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 template <int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(WARPS * LANES) expand(const Call call) {
   SHARED(memory);
-  take_turn();
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, steps = (w.columns / 32 + STEP - 1) / STEP;
   const u32 tile = address(memory) + warp * Strips::ROW;

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int]
     threads: int
     shared: int
-    tile: int = 0  # `stream` only: how many tokens it takes at a time, and times 64 rows
+    tile: int = 0  # `stream` and its `arrange` only: how many tokens it takes at a time, and times 64 rows
     groups: int = 0
 
 
@@ -92,7 +92,7 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
     rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
-    # From here on as measured on an H100: tests/benchmarks/launches.py. `stream` begins slowly: not for small weights.
+    # From here on as measured on an H100 and an H200: tests/benchmarks/launches.py.
     large, hopper = rows * layout.in_features >= 2**25, _is_hopper(device)
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
@@ -104,7 +104,7 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
         if shared <= most_shared:
             blocks = min(-(-rows // warps), 2 * processors)
             return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
-    if hopper and tokens > (8 if large else 32):
+    if hopper and tokens > ((8 if large else 32) if layout.overflow else 4 if large else 8):
         tile = next(tile for tile in TILES if tokens <= tile or tile == TILES[-1])
         return stream(layout, tokens, 1 if tile <= 64 else 2, tile, processors)
     row_tiles = 1 if tokens <= (16 if layout.overflow else 0 if layout.pairs else 8) else 2
@@ -193,7 +193,9 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         scratch = torch.empty(arranged + sums + 4 * call.count, dtype=torch.uint8, device=y.device)
         call.y = scratch.data_ptr()
         call.partial, call.flags = call.y + arranged, call.y + arranged + sums
-        _run(Launch(f"arrange<{launch.tile}>", (-(-spans // 4), tokens // 8), 128, 0), call, y.get_device())
+        _run(
+            Launch(f"arrange<{launch.tile}>", (-(-spans // 4), tokens // 8), 128, 0, launch.tile), call, y.get_device()
+        )
         call.x, call.y = call.y, y.data_ptr()
     _run(launch, call, y.get_device())
 
@@ -210,7 +212,7 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
         with torch.cuda.device(device):
             return _run(launch, call, device)
     function = _function(launch.kernel, device)
-    config = _config(launch, device, torch.cuda.current_stream(device).cuda_stream)
+    config = _config(launch, torch.cuda.current_stream(device).cuda_stream)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
@@ -221,14 +223,15 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(launch: Launch, device: int, stream: int) -> Any:
-    """How a kernel is launched: from Hopper on before the one before it has ended, for which it waits itself."""
+def _config(launch: Launch, stream: int) -> Any:
+    """How a kernel is launched. `arrange` and `stream` begin before the kernel before has ended, and wait for it
+    themselves. For the others that does not pay: blocks that begin early crowd the processors that were free first."""
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
     config.sharedMemBytes, config.hStream = launch.shared, stream
-    if torch.cuda.get_device_capability(device) >= HOPPER:
+    if launch.tile:
         attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         value.programmaticStreamSerializationAllowed = 1

@@ -141,24 +141,6 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 
-// ---- kernels: on Hopper one may begin before the one that it is launched after has ended, once that allows it. Then it
-// waits before it reads what may come from there.
-
-__device__ __forceinline__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void take_turn() {
-  let_next_kernel_begin();
-  wait_for_kernel_before();
-}
-
 // ---- warps
 
 template <int OVER = LANES, class T>  // neighbours
@@ -223,8 +205,9 @@ __device__ __forceinline__ void copy_many(u32 to, const void* from, int bytes, u
 // Ordinary stores to shared memory, before tensor cores read them.
 __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The threads of a warpgroup, the `number`th of the block, meet; what it wrote to global memory is there for all who wait for the flag.
+// The threads of a warpgroup, the `number`th of the block, wait for one another.
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory"); }
+// What they wrote to global memory is there for all who wait for the flag.
 __device__ __forceinline__ void raise_flag(int* flag, int number) {
   meet(number);
   if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
@@ -235,6 +218,10 @@ __device__ __forceinline__ void wait_flag(const int* flag) {
   while (!raised);
 }
 __device__ __forceinline__ float4 load_shared_by_all(const float4* p) { return __ldcg(p); }  // past L1
+
+// A kernel may begin before the one that it is launched after has ended, if that allows it; then it waits for its results.
+__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

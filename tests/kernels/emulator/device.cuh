@@ -357,7 +357,6 @@ inline void wait_flag(const int* flag) {
 inline float4 load_shared_by_all(const float4* p) { return load_once(p); }
 inline void let_next_kernel_begin() {}
 inline void wait_for_kernel_before() {}
-inline void take_turn() {}
 inline void begin_products() {}
 inline void commit_products() { self().products.emplace_back(); }
 template <int LATER>

@@ -12,7 +12,8 @@
   ENTRY(multiply<BF16,SLOTS,OVERFLOW,ROW_TILES,2>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,2,4>)   \
   ENTRY(expand<SLOTS,OVERFLOW>)
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>)      \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32>)      \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>)                                                    \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
 #define PER_TYPE(BF16)                                                                        \
   PER_SLOTS(BF16, 16, false, 2) PER_SLOTS(BF16, 24, false, 2)                                 \
@@ -24,7 +25,7 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   const std::string name = kernel;
   STREAM(true, 16, false, false) STREAM(true, 16, true, false) STREAM(true, 4, true, false)
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
-  ENTRY(arrange<16>) ENTRY(arrange<64>) ENTRY(arrange<128>) ENTRY(arrange<256>)
+  ENTRY(arrange<16>) ENTRY(arrange<32>) ENTRY(arrange<64>) ENTRY(arrange<128>) ENTRY(arrange<256>)
   PER_TYPE(true)
   PER_TYPE(false)
   return false;
