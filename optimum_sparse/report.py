@@ -45,17 +45,42 @@ class LayerReport:
 
 
 @dataclass
+class Measurement:
+    """How good the pruned model is at something, beside the dense one.
+
+    Attributes:
+        metric: "perplexity", say.
+        data: what it was measured on.
+        value: of the pruned model.
+        standard_error: of `value`.
+        dense: the same of the dense model.
+        note: how it was measured.
+    """
+
+    metric: str
+    data: str
+    value: float
+    standard_error: float | None = None
+    dense: float | None = None
+    note: str = ""
+
+
+@dataclass
 class PruningReport:
     """All matrices of the decoder blocks, in the order of the model.
 
     Attributes:
         seconds: the phases of the run.
         method: the class that solved the layers; a config cannot name one that was passed as an object.
+        base_model: the id on the hub of what was pruned; empty if it came from a folder or from memory.
+        quality: what was measured since; none of it by pruning. It stands in the model card.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""
+    base_model: str = ""
+    quality: list[Measurement] = field(default_factory=list)
 
     @property
     def pruned(self) -> list[LayerReport]:
@@ -70,7 +95,18 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PruningReport":
-        return cls([LayerReport(**layer) for layer in content["layers"]], dict(content["seconds"]), content["method"])
+        return cls(
+            [LayerReport(**layer) for layer in content["layers"]],
+            dict(content["seconds"]),
+            content["method"],
+            content.get("base_model", ""),
+            [Measurement(**measured) for measured in content.get("quality", [])],
+        )
+
+    def measured(self, found: Measurement) -> None:
+        """Add to `quality`, in place of an earlier measurement of the same in the same way."""
+        same = (found.metric, found.data, found.note)
+        self.quality = [other for other in self.quality if (other.metric, other.data, other.note) != same] + [found]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"

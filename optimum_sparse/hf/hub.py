@@ -1,0 +1,342 @@
+"""Sharing: the model card beside a checkpoint, and the upload of both to the Hub."""
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+
+from ..config import PAPER, SECOND_ORDER, SparsityConfig
+from ..core import Needs
+from ..report import PruningReport
+from ..version import __version__
+from .checkpoint import CheckpointInfo, atomically, contents
+from .quantizer import load_tokenizer
+
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = constants.REPOCARD_NAME
+BEGIN = "<!-- optimum-sparse: begin; written anew with every save, so your own text belongs outside -->"
+END = "<!-- optimum-sparse: end -->"
+_PART = re.compile(r"<!-- optimum-sparse: begin\b.*?<!-- optimum-sparse: end -->", re.DOTALL)
+_HERE = "folder-or-id-of-this-model"  # in the card, until it is known
+_PATTERN_TAG = re.compile(r"\d+:\d+|unstructured")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+_WRITTEN_BY_PRUNING = ("allocated", "format", "format_version", "quant_method", "run_compressed")
+
+
+def write_card(directory: str | os.PathLike, model: PreTrainedModel, report: PruningReport) -> None:
+    """Write README.md beside a saved checkpoint of `model`, from its config and report.
+
+    Of a README.md that is there already, only the part between the marks `BEGIN` and `END` is replaced, and tags that
+    are missing are added; without marks it stays as it is.
+    """
+    directory = Path(directory)
+    config: SparsityConfig = model.hf_quantizer.quantization_config
+    try:
+        info = contents(model, config, directory)
+    except (ValueError, OSError) as error:  # files of another model in this folder, say
+        logger.warning("%s will not say how large the checkpoint is: %s", directory / CARD_FILE, error)
+        info = None
+    card = make_card(config, report, info, model.model_tags or ())
+    existing = _read(directory / CARD_FILE)
+    merged = merge(existing, card)
+    if existing is not None and _PART.search(existing) is None:
+        logger.warning("%s is left as it is: it has no part between %s and %s.", directory / CARD_FILE, BEGIN, END)
+    elif merged != existing:
+        with atomically(directory / CARD_FILE) as temporary:
+            temporary.write_text(merged, encoding="utf-8", newline="")
+
+
+def make_card(
+    config: SparsityConfig, report: PruningReport, info: CheckpointInfo | None, tags: Collection[str] = ()
+) -> str:
+    """A whole model card: metadata, and the generated part between its marks.
+
+    Args:
+        config: as it is stored.
+        info: of the files; without it the card says nothing of sizes.
+        tags: further ones.
+    """
+    data = ModelCardData(
+        base_model=report.base_model or None,
+        library_name="transformers",
+        tags=list(dict.fromkeys(["sparse", "optimum-sparse", config.pattern, *tags])),
+    )
+    base = f"`{report.base_model}`" if report.base_model else "A dense model"
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.pruned)
+    zeros = sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in report.pruned)
+    pattern = config.pattern if config.sparsity is None else f"{config.pattern} {config.sparsity:g}"
+    parts = [
+        f"# {report.base_model or 'Sparse model'}, {pattern}",
+        f"{base}, pruned by {report.method} to {pattern} with optimum-sparse: {zeros / max(weights, 1):.1%} of the "
+        f"{weights:,} weights in {len(report.pruned)} matrices of its decoder blocks are zero, and stored as such. "
+        "Embeddings, norms and head are dense.",
+        "## Load",
+        _code(
+            "python",
+            "import optimum_sparse  # needed: without it, transformers cannot read this checkpoint",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{_HERE}")  # dense weights, zeros in place',
+            f'model = AutoModelForCausalLM.from_pretrained("{_HERE}", run_compressed=True)  # compressed in memory',
+        ),
+        "For vLLM, and whatever else does not know optimum-sparse, write an ordinary dense checkpoint:",
+        _code("bash", f"optimum-cli sparse export {_HERE} --output dense"),
+        "## How it was made",
+        _code("python", *_recipe(config, report)),
+        f"optimum-sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.",
+        *_quality(report),
+        *([] if info is None else _sizes(info)),
+        "## Layers",
+        _code("", str(report)),
+        "`sparsity_report.json` has the same for every single matrix.",
+    ]
+    body = "\n\n".join([BEGIN, *parts, END])
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+
+
+def merge(existing: str | None, card: str) -> str:
+    """`existing`, a user's card, with the generated part of `card` in place of its own, and the tags that it lacks.
+
+    Without an existing card: `card`. An existing one without a generated part: as it is.
+    """
+    part = _PART.search(card)
+    if existing is None or part is None or _PART.search(existing) is None:
+        return card if existing is None else existing
+    merged = _PART.sub(lambda _: part[0], existing, count=1)
+    try:
+        mine, new = ModelCard(merged), ModelCard(card)
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("the metadata of this model card is left as it is, since it cannot be read: %s", error)
+        return merged
+    tags = [mine.data.tags] if isinstance(mine.data.tags, str) else mine.data.tags or []
+    kept = [tag for tag in tags if not _PATTERN_TAG.fullmatch(str(tag)) or tag in new.data.tags]
+    wanted = kept + [tag for tag in new.data.tags if tag not in kept]
+    missing = [name for name in ("base_model", "library_name") if mine.data.get(name) is None and new.data.get(name)]
+    if wanted == tags and not missing:
+        return merged
+    mine.data.tags = wanted
+    for name in missing:
+        mine.data[name] = new.data[name]
+    return str(mine)
+
+
+def _recipe(config: SparsityConfig, report: PruningReport) -> list[str]:
+    """Lines of Python that prune the same model in the same way."""
+    default = SparsityConfig()
+    built_in = config.build_method()
+    own = bool(report.method) and report.method != type(built_in).__name__
+    usual = SECOND_ORDER if built_in.needs is Needs.GRAM and not own else PAPER
+    in_memory = isinstance(config.dataset, str) and config.dataset.startswith("in memory: ")
+    arguments = []
+    for field in fields(SparsityConfig):
+        value = getattr(config, field.name)
+        always = field.name == "pattern" or (field.name == "method" and not own)
+        if field.name == "dataset" and in_memory:
+            arguments.append("dataset=data")
+        elif field.name in _WRITTEN_BY_PRUNING or (field.name == "method" and own):
+            continue
+        elif always or value != usual.get(field.name, getattr(default, field.name)):
+            arguments.append(f"{field.name}={value!r}")
+    source = report.base_model or "folder-or-id-of-the-dense-model"
+    lines = ["from optimum_sparse import Pruner, SparsityConfig", ""]
+    if in_memory:
+        lines.append(f"data = ...  # {config.dataset}")
+    lines.append(f"config = SparsityConfig({', '.join(arguments)})")
+    if own:
+        lines.append(f"method = {report.method}(...)  # the author's own")
+        lines.append(f'Pruner.from_pretrained("{source}").prune(config, method=method)')
+    else:
+        lines.append(f'Pruner.from_pretrained("{source}").prune_to_disk(config, "out")')
+    return lines
+
+
+def _quality(report: PruningReport) -> list[str]:
+    if not report.quality:
+        return []
+    rows = ["| | dense | sparse | |", "|---|---|---|---|"]
+    for found in report.quality:
+        dense = "-" if found.dense is None else f"{found.dense:.4g}"
+        error = "" if found.standard_error is None else f" ± {found.standard_error:.2g}"
+        rows.append(f"| {found.metric}, {found.data} | {dense} | {found.value:.4g}{error} | {found.note} |")
+    return ["## Quality", "\n".join(rows)]
+
+
+def _sizes(info: CheckpointInfo) -> list[str]:
+    stored = sum(matrix[2] for matrix in info.matrices.values())
+    dense = sum(matrix[3] for matrix in info.matrices.values())
+    rows = ["| | dense, bytes | here, bytes | |", "|---|---|---|---|"]
+    for what, other in (("pruned matrices", 0), ("whole checkpoint", info.other_bytes)):
+        before, now = dense + other, stored + other
+        rows.append(f"| {what} | {before:,} | {now:,} | {now / max(before, 1):.4f} of dense |")
+    return ["## Size", "\n".join(rows)]
+
+
+def _code(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _read(path: Path) -> str | None:
+    """The text of a file, line ends as they are; None if there is none."""
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+# ---- uploading
+
+
+def check_access(repo_id: str, token: str | bool | None = None) -> None:
+    """Raise ValueError or OSError, before any work, if nothing can be uploaded: a bad name, no token, no network."""
+    validate_repo_id(repo_id)
+    if token is False or (not isinstance(token, str) and get_token() is None):
+        raise ValueError(
+            f"nothing can be uploaded to {repo_id!r} without a token of the Hub, and none was found: run `hf auth "
+            "login`, set HF_TOKEN, or pass token=. Tokens with write access are made at "
+            f"{constants.ENDPOINT}/settings/tokens."
+        )
+    with _explained(repo_id):
+        HfApi().whoami(token=token)
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    files: Collection[str] | None = None,
+    unless_there: Collection[str] = (),
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """Upload a saved checkpoint in one commit, to a repository that is made if it does not exist.
+
+    Of a model card that the repository has, only the generated part is replaced. Weights of an earlier model there, in
+    files with other names, are deleted by the same commit: transformers might load them.
+
+    Args:
+        files: upload only these, named relative to `folder`. None: all that are not hidden.
+        unless_there: leave these out if the repository has one of them.
+        private, token, revision, create_pr, commit_message, commit_description: as in transformers' push_to_hub.
+
+    Raises:
+        ValueError: no valid name, or no token.
+        OSError: the Hub cannot be reached, or refuses; says what to do.
+    """
+    folder = Path(folder)
+    if files is None:
+        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        files = [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+    check_access(repo_id, token)
+    api = HfApi(library_name="optimum-sparse", library_version=__version__)
+    with _explained(repo_id, folder):
+        repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        there = set(api.list_repo_files(repo_id, revision=revision, token=token))
+        skipped = set(unless_there) if there.intersection(unless_there) else set()
+        if skipped:
+            logger.warning("%s has a tokenizer, which is left as it is.", repo_id)
+        operations: list[Any] = [
+            CommitOperationAdd(name, folder / name) for name in sorted({*files} - skipped - {CARD_FILE})
+        ]
+        operations += [
+            CommitOperationDelete(name)
+            for name in sorted(there)
+            if _WEIGHTS.fullmatch(name) and not (folder / name).exists()
+        ]
+        card = _read(folder / CARD_FILE)
+        if card is not None:
+            existing = None
+            if CARD_FILE in there:
+                existing = _read(Path(api.hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)))
+                if _PART.search(existing or "") is None:
+                    logger.warning("the model card of %s is left as it is: it has no part between marks.", repo_id)
+            text = merge(existing, card).replace(_HERE, repo_id)
+            operations.append(CommitOperationAdd(CARD_FILE, text.encode()))
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload sparse model",
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+    tags: str | list[str] | None = None,
+    **options: Any,
+) -> CommitInfo:
+    """Save a sparse model to a temporary folder, compressed, with card and report, and `push` that.
+
+    Args:
+        tokenizer: None: the one beside the model that was pruned, unless the repository has one.
+        options: of `push`.
+    """
+    check_access(repo_id, options.get("token"))
+    if tags:
+        model.add_model_tags(tags)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        before = set(os.listdir(folder))
+        found = tokenizer or load_tokenizer(model.config, token=options.get("token"))
+        if found is not None:
+            found.save_pretrained(folder)
+        beside = {*os.listdir(folder)} - before if tokenizer is None else ()
+        return push(folder, repo_id, unless_there=beside, **options)
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str, folder: Path | None = None) -> Iterator[None]:
+    """Raise OSError that says what to do for what huggingface_hub and its HTTP client raise."""
+    again = "" if folder is None else f" The checkpoint is in {folder}."
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = {
+            401: f"the token is not valid: `hf auth login` stores another; see {constants.ENDPOINT}/settings/tokens",
+            403: f"the token may not write to {repo_id!r}: use one with write access, or a name under your account",
+        }.get(status, str(error))
+        raise OSError(f"nothing was uploaded to {repo_id!r}: the Hub answers {status}: {advice}.{again}") from error
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"nothing was uploaded to {repo_id!r}: HF_HUB_OFFLINE is set; unset it.{again}") from error
+    except HTTPError as error:
+        raise OSError(
+            f"nothing was uploaded to {repo_id!r}: {constants.ENDPOINT} cannot be reached ({error}); check the "
+            f"network, or HF_ENDPOINT.{again}"
+        ) from error
