@@ -112,13 +112,18 @@ class PruningReport:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self, seconds: bool = True) -> str:
         """A short table: layers of the same kind in one line, whatever was left dense by name and reason."""
         groups: dict[tuple, list[LayerReport]] = {}
         for layer in self.pruned:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
             family = str(layer.pattern).split()[0]  # unstructured sparsities may all differ
             groups.setdefault((kind, tuple(layer.shape), family), []).append(layer)
-        rows = [("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")]
+        rows: list[tuple[str, ...]] = [
+            ("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")
+        ]
         for (kind, shape, family), members in groups.items():
             patterns = {str(layer.pattern) for layer in members}
             shares = [layer.sparsity for layer in members]
@@ -136,6 +141,8 @@ class PruningReport:
                     f"{sum(layer.seconds for layer in members):.1f}",
                 )
             )
+        if not seconds:
+            rows = [row[:-1] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -157,5 +164,8 @@ class PruningReport:
         if trained:
             before, after = (sum(column) / len(trained) for column in zip(*trained, strict=True))
             lines.append(f"reconstruction: mean error of a block {before:.4f} -> {after:.4f}")
-        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
-        return "\n".join(lines + ([f"{self.method}: {phases}"] if phases else []))
+        if seconds and self.seconds:
+            lines.append(
+                f"{self.method}: " + ", ".join(f"{phase} {took:.1f} s" for phase, took in self.seconds.items())
+            )
+        return "\n".join(lines)

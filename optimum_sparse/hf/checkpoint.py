@@ -190,13 +190,8 @@ def inspect(source: str, **loading: Any) -> CheckpointInfo:
     """
     config, sparsity = read_config(source, **loading)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **loading)
-    return contents(model, sparsity, Path(source))
-
-
-def contents(model: PreTrainedModel, sparsity: SparsityConfig, directory: Path) -> CheckpointInfo:
-    """`inspect` for a model that is there: its checkpoint in `directory`, pruned by `sparsity`."""
-    headers = read_headers(_safetensors(directory))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **loading)
+    headers = read_headers(_safetensors(Path(source)))
     plan = make_plan(model, sparsity, strict=False)
     stored = stored_matrices(model, get_model_conversion_mapping(model), headers)
     check_stored(stored, plan)

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -29,9 +30,10 @@ from transformers import PreTrainedModel
 
 from ..config import PAPER, SECOND_ORDER, SparsityConfig
 from ..core import Needs
+from ..formats import bitmask
 from ..report import PruningReport
 from ..version import __version__
-from .checkpoint import CheckpointInfo, atomically, contents
+from .checkpoint import Header, atomically, read_headers
 from .quantizer import load_tokenizer
 
 
@@ -54,13 +56,9 @@ def write_card(directory: str | os.PathLike, model: PreTrainedModel, report: Pru
     are missing are added; without marks it stays as it is.
     """
     directory = Path(directory)
-    config: SparsityConfig = model.hf_quantizer.quantization_config
-    try:
-        info = contents(model, config, directory)
-    except (ValueError, OSError) as error:  # files of another model in this folder, say
-        logger.warning("%s will not say how large the checkpoint is: %s", directory / CARD_FILE, error)
-        info = None
-    card = make_card(config, report, info, model.model_tags or ())
+    headers = read_headers(sorted(directory.glob("*.safetensors")))
+    config = cast(SparsityConfig, model.hf_quantizer.quantization_config)
+    card = make_card(config, report, headers, model.model_tags or ())
     existing = _read(directory / CARD_FILE)
     merged = merge(existing, card)
     if existing is not None and _PART.search(existing) is None:
@@ -71,13 +69,14 @@ def write_card(directory: str | os.PathLike, model: PreTrainedModel, report: Pru
 
 
 def make_card(
-    config: SparsityConfig, report: PruningReport, info: CheckpointInfo | None, tags: Collection[str] = ()
+    config: SparsityConfig, report: PruningReport, headers: dict[str, Header], tags: Collection[str] = ()
 ) -> str:
     """A whole model card: metadata, and the generated part between its marks.
 
     Args:
         config: as it is stored.
-        info: of the files; without it the card says nothing of sizes.
+        headers: of the checkpoint's files. If they hold another number of compressed matrices than the report, the
+            card says nothing of sizes.
         tags: further ones.
     """
     data = ModelCardData(
@@ -109,9 +108,9 @@ def make_card(
         _code("python", *_recipe(config, report)),
         f"optimum-sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.",
         *_quality(report),
-        *([] if info is None else _sizes(info)),
+        *_sizes(report, headers),
         "## Layers",
-        _code("", str(report)),
+        _code("", report.summary(seconds=False)),
         "`sparsity_report.json` has the same for every single matrix.",
     ]
     body = "\n\n".join([BEGIN, *parts, END])
@@ -185,11 +184,28 @@ def _quality(report: PruningReport) -> list[str]:
     return ["## Quality", "\n".join(rows)]
 
 
-def _sizes(info: CheckpointInfo) -> list[str]:
-    stored = sum(matrix[2] for matrix in info.matrices.values())
-    dense = sum(matrix[3] for matrix in info.matrices.values())
+def _sizes(report: PruningReport, headers: dict[str, Header]) -> list[str]:
+    mark = ".weight_mask"
+    matrices = [name.removesuffix(mark) for name in headers if name.endswith(mark)]
+    if len(matrices) != len(report.pruned) or not matrices:
+        logger.warning(
+            "the model card says nothing of sizes: %d matrices in the files, %d in the report",
+            len(matrices),
+            len(report.pruned),
+        )
+        return []
+    parts = [
+        headers[f"{name}.{suffix}"]
+        for name in matrices
+        for suffix in bitmask.SUFFIXES
+        if f"{name}.{suffix}" in headers
+    ]
+    stored, whole = (sum(header.bytes for header in found) for found in (parts, headers.values()))
+    values = [headers[f"{name}.weight"] for name in matrices]
+    bytes_each = sum(header.bytes for header in values) / max(sum(math.prod(header.shape) for header in values), 1)
+    dense = round(bytes_each * sum(math.prod(layer.shape) for layer in report.pruned))
     rows = ["| | dense, bytes | here, bytes | |", "|---|---|---|---|"]
-    for what, other in (("pruned matrices", 0), ("whole checkpoint", info.other_bytes)):
+    for what, other in (("pruned matrices", 0), ("whole checkpoint", whole - stored)):
         before, now = dense + other, stored + other
         rows.append(f"| {what} | {before:,} | {now:,} | {now / max(before, 1):.4f} of dense |")
     return ["## Size", "\n".join(rows)]
