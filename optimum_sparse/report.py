@@ -121,9 +121,8 @@ class PruningReport:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
             family = str(layer.pattern).split()[0]  # unstructured sparsities may all differ
             groups.setdefault((kind, tuple(layer.shape), family), []).append(layer)
-        rows: list[tuple[str, ...]] = [
-            ("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")
-        ]
+        head = ("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")
+        rows: list[tuple[str, ...]] = [head]
         for (kind, shape, family), members in groups.items():
             patterns = {str(layer.pattern) for layer in members}
             shares = [layer.sparsity for layer in members]

@@ -154,7 +154,7 @@ def _prune(
     size = 0
     for number, shard in enumerate(shards, 1):
         path = journal.checkpoint / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if not path.exists():  # a run may have ended in this loop
+        if (journal.checkpoint / shard).exists():  # a run may have ended in this loop, or after it
             os.replace(journal.checkpoint / shard, path)
         headers = read_headers([path])
         weights |= dict.fromkeys(headers, path.name)
