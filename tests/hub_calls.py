@@ -102,7 +102,7 @@ def write_file(repo_id: str, name: str, content: str) -> None:
 def refused(repo_id: str, environment: dict[str, str], constants: dict[str, Any], *arguments: str) -> tuple[str, str]:
     """The error of a model's push_to_hub, or of these arguments of the command line, with another environment."""
     model = None if arguments else Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude"))
-    with mock.patch.dict(os.environ, environment), mock.patch.multiple(huggingface_hub.constants, **constants):
+    with mock.patch.dict(os.environ, environment), mock.patch.dict(vars(huggingface_hub.constants), constants):
         try:
             if model is None:
                 return "", str(main([*arguments, "--push-to-hub", repo_id]))
