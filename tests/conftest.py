@@ -62,6 +62,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .txt file of a few thousand words that the tiny tokenizer knows."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{3 + 7 * i % 190}" for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def sparse_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Path]:
     """The same model pruned by magnitude, one checkpoint per pattern. Read only."""
     from models import make_config

@@ -189,6 +189,13 @@ def test_files_of_another_model_beside_it_are_no_error(tmp_path, sparse_checkpoi
     assert ("## Size" in text) != ("says nothing of sizes" in caplog.text)
 
 
+def test_tags_of_the_model_are_kept(tmp_path):
+    model = Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude"))
+    model.add_model_tags(["mine", "sparse"])
+    model.save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["sparse", "optimum-sparse", "2:4", "mine"]
+
+
 def test_dense_models_get_no_card(tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     assert not (tmp_path / "README.md").exists()
