@@ -161,7 +161,11 @@ def _prune(args: argparse.Namespace) -> None:
     print(pruner.report)
     print(inspect(args.output, trust_remote_code=args.trust_remote_code))
     if args.push_to_hub:
-        print(push(args.output, args.push_to_hub).repo_url)
+        try:
+            print(push(args.output, args.push_to_hub).repo_url)
+        except OSError as error:
+            again = f"hf upload {args.push_to_hub} {args.output}"
+            raise OSError(f"{error} The checkpoint is complete: `{again}` uploads it.") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

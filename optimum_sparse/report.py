@@ -44,7 +44,7 @@ class LayerReport:
         return self.routed is not None and self.routed < self.shape[1]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measurement:
     """How good the pruned model is at something, beside the dense one.
 
@@ -63,6 +63,15 @@ class Measurement:
     standard_error: float | None = None
     dense: float | None = None
     note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("metric", "data", "note"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a string.")
+        for name in ("value", "standard_error", "dense"):
+            number = getattr(self, name)
+            if not isinstance(number, int | float) and (number is not None or name == "value"):
+                raise ValueError(f"{name}={number!r}: must be a number.")
 
 
 @dataclass
@@ -95,6 +104,9 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PruningReport":
+        for name in ("method", "base_model"):
+            if not isinstance(content.get(name, ""), str):
+                raise ValueError(f"{name}={content[name]!r}: must be a string.")
         return cls(
             [LayerReport(**layer) for layer in content["layers"]],
             dict(content["seconds"]),

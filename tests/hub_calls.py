@@ -1,5 +1,7 @@
 """What a user does with a Hub: called in the process of `hub.Client`, so each takes and gives what can be pickled."""
 
+import contextlib
+import io
 import logging
 import os
 from pathlib import Path
@@ -105,7 +107,10 @@ def refused(repo_id: str, environment: dict[str, str], constants: dict[str, Any]
     with mock.patch.dict(os.environ, environment), mock.patch.dict(vars(huggingface_hub.constants), constants):
         try:
             if model is None:
-                return "", str(main([*arguments, "--push-to-hub", repo_id]))
+                said = io.StringIO()
+                with contextlib.redirect_stderr(said):
+                    code = main([*arguments, "--push-to-hub", repo_id])
+                return str(code), said.getvalue().splitlines()[-1]
             model.push_to_hub(repo_id)
         except Exception as error:
             return type(error).__name__, str(error)

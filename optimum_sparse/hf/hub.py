@@ -24,7 +24,7 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
@@ -56,7 +56,11 @@ def write_card(directory: str | os.PathLike, model: PreTrainedModel, report: Pru
     are missing are added; without marks it stays as it is.
     """
     directory = Path(directory)
-    headers = read_headers(sorted(directory.glob("*.safetensors")))
+    try:
+        headers = read_headers(sorted(directory.glob("model*.safetensors")))
+    except OSError as error:  # another file in this folder: what was saved now is whole
+        logger.warning("%s", error)
+        headers = {}
     config = cast(SparsityConfig, model.hf_quantizer.quantization_config)
     card = make_card(config, report, headers, model.model_tags or ())
     existing = _read(directory / CARD_FILE)
@@ -79,19 +83,21 @@ def make_card(
             card says nothing of sizes.
         tags: further ones.
     """
+    base_model = _checked_id(report.base_model)
+    method = report.method if report.method.isidentifier() else "a method of its author's own"
     data = ModelCardData(
-        base_model=report.base_model or None,
+        base_model=base_model,
         library_name="transformers",
         tags=list(dict.fromkeys(["sparse", "optimum-sparse", config.pattern, *tags])),
     )
-    base = f"`{report.base_model}`" if report.base_model else "A dense model"
+    base = f"`{base_model}`" if base_model else "A dense model"
     weights = sum(layer.shape[0] * layer.shape[1] for layer in report.pruned)
     zeros = sum(layer.sparsity * layer.shape[0] * layer.shape[1] for layer in report.pruned)
     pattern = config.pattern if config.sparsity is None else f"{config.pattern} {config.sparsity:g}"
     parts = [
-        f"# {report.base_model or 'Sparse model'}, {pattern}",
-        f"{base}, pruned by {report.method} to {pattern} with optimum-sparse: {zeros / max(weights, 1):.1%} of the "
-        f"{weights:,} weights in {len(report.pruned)} matrices of its decoder blocks are zero, and stored as such. "
+        f"# {base_model or 'Sparse model'}, {pattern}",
+        f"{base}, pruned by {method} to {pattern} with optimum-sparse: {zeros / max(weights, 1):.1%} of the "
+        f"{weights:,} weights in {len(report.pruned)} matrices of its decoder blocks are zero, and not stored. "
         "Embeddings, norms and head are dense.",
         "## Load",
         _code(
@@ -105,15 +111,15 @@ def make_card(
         "For vLLM, and whatever else does not know optimum-sparse, write an ordinary dense checkpoint:",
         _code("bash", f"optimum-cli sparse export {_HERE} --output dense"),
         "## How it was made",
-        _code("python", *_recipe(config, report)),
+        _code("python", *_recipe(config, report.method, base_model or "folder-or-id-of-the-dense-model")),
         f"optimum-sparse {__version__}, torch {torch.__version__}, transformers {transformers.__version__}.",
         *_quality(report),
         *_sizes(report, headers),
         "## Layers",
-        _code("", report.summary(seconds=False)),
+        _code("", report.summary(seconds=False).replace("`", "'")),
         "`sparsity_report.json` has the same for every single matrix.",
     ]
-    body = "\n\n".join([BEGIN, *parts, END])
+    body = "\n\n".join([BEGIN, *(part.replace("<!--", "<!- -") for part in parts), END])
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
@@ -143,34 +149,42 @@ def merge(existing: str | None, card: str) -> str:
     return str(mine)
 
 
-def _recipe(config: SparsityConfig, report: PruningReport) -> list[str]:
+def _recipe(config: SparsityConfig, method: str, source: str) -> list[str]:
     """Lines of Python that prune the same model in the same way."""
     default = SparsityConfig()
     built_in = config.build_method()
-    own = bool(report.method) and report.method != type(built_in).__name__
+    own = method != type(built_in).__name__
+    in_memory = config.dataset.startswith("in memory: ")
     usual = SECOND_ORDER if built_in.needs is Needs.GRAM and not own else PAPER
-    in_memory = isinstance(config.dataset, str) and config.dataset.startswith("in memory: ")
+    left_out = {*_WRITTEN_BY_PRUNING, *(["method"] if own else []), *(["dataset"] if in_memory else [])}
     arguments = []
     for field in fields(SparsityConfig):
         value = getattr(config, field.name)
-        always = field.name == "pattern" or (field.name == "method" and not own)
-        if field.name == "dataset" and in_memory:
-            arguments.append("dataset=data")
-        elif field.name in _WRITTEN_BY_PRUNING or (field.name == "method" and own):
-            continue
-        elif always or value != usual.get(field.name, getattr(default, field.name)):
+        said = field.name in ("method", "pattern") or value != usual.get(field.name, getattr(default, field.name))
+        if said and field.name not in left_out:
             arguments.append(f"{field.name}={value!r}")
-    source = report.base_model or "folder-or-id-of-the-dense-model"
     lines = ["from optimum_sparse import Pruner, SparsityConfig", ""]
+    given = ""
     if in_memory:
-        lines.append(f"data = ...  # {config.dataset}")
-    lines.append(f"config = SparsityConfig({', '.join(arguments)})")
+        lines.append(f"data = ...  # {' '.join(config.dataset.split())}")
+        given += ", dataset=data"
     if own:
-        lines.append(f"method = {report.method}(...)  # the author's own")
-        lines.append(f'Pruner.from_pretrained("{source}").prune(config, method=method)')
-    else:
-        lines.append(f'Pruner.from_pretrained("{source}").prune_to_disk(config, "out")')
-    return lines
+        lines.append(
+            "method = ...  # an object of its author's own" + (f", {method}" if method.isidentifier() else "")
+        )
+        given += ", method=method"
+    lines.append(f"config = SparsityConfig({', '.join(arguments)})")
+    pruning = f'prune(config{given}).save_pretrained("out")' if given else 'prune_to_disk(config, "out")'
+    return [*lines, f"Pruner.from_pretrained({source!r}).{pruning}"]
+
+
+def _checked_id(name: str) -> str | None:
+    """An id on the Hub; None for anything else: a report is data, and may come from anywhere."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name or None
 
 
 def _quality(report: PruningReport) -> list[str]:
@@ -180,7 +194,11 @@ def _quality(report: PruningReport) -> list[str]:
     for found in report.quality:
         dense = "-" if found.dense is None else f"{found.dense:.4g}"
         error = "" if found.standard_error is None else f" ± {found.standard_error:.2g}"
-        rows.append(f"| {found.metric}, {found.data} | {dense} | {found.value:.4g}{error} | {found.note} |")
+        texts = (f"{found.metric}, {found.data}", found.note)
+        what, note = (" ".join(re.sub("[|`]", "/", text).split()) for text in texts)
+            " ".join(text.replace("|", "/").split()) for text in (f"{found.metric}, {found.data}", found.note)
+        )
+        rows.append(f"| {what} | {dense} | {found.value:.4g}{error} | {note} |")
     return ["## Quality", "\n".join(rows)]
 
 
@@ -272,7 +290,7 @@ def push(
         files = [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
     check_access(repo_id, token)
     api = HfApi(library_name="optimum-sparse", library_version=__version__)
-    with _explained(repo_id, folder):
+    with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
@@ -337,9 +355,8 @@ def push_model(
 
 
 @contextlib.contextmanager
-def _explained(repo_id: str, folder: Path | None = None) -> Iterator[None]:
+def _explained(repo_id: str) -> Iterator[None]:
     """Raise OSError that says what to do for what huggingface_hub and its HTTP client raise."""
-    again = "" if folder is None else f" The checkpoint is in {folder}."
     try:
         yield
     except HfHubHTTPError as error:
@@ -348,11 +365,11 @@ def _explained(repo_id: str, folder: Path | None = None) -> Iterator[None]:
             401: f"the token is not valid: `hf auth login` stores another; see {constants.ENDPOINT}/settings/tokens",
             403: f"the token may not write to {repo_id!r}: use one with write access, or a name under your account",
         }.get(status, str(error))
-        raise OSError(f"nothing was uploaded to {repo_id!r}: the Hub answers {status}: {advice}.{again}") from error
+        raise OSError(f"nothing was uploaded to {repo_id!r}: the Hub answers {status}: {advice}.") from error
     except OfflineModeIsEnabled as error:
-        raise OSError(f"nothing was uploaded to {repo_id!r}: HF_HUB_OFFLINE is set; unset it.{again}") from error
+        raise OSError(f"nothing was uploaded to {repo_id!r}: HF_HUB_OFFLINE is set; unset it.") from error
     except HTTPError as error:
         raise OSError(
             f"nothing was uploaded to {repo_id!r}: {constants.ENDPOINT} cannot be reached ({error}); check the "
-            f"network, or HF_ENDPOINT.{again}"
+            f"network, or HF_ENDPOINT."
         ) from error

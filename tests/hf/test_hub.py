@@ -15,6 +15,9 @@ from optimum_sparse.hf.hub import BEGIN, END, make_card, merge
 from optimum_sparse.report import LayerReport, Measurement, PruningReport
 
 
+HERE = "folder-or-id-of-the-dense-model"
+
+
 def card_of(config: SparsityConfig | None = None, **report) -> str:
     layers = [LayerReport("model.layers.0.q_proj", [8, 16], "2:4", 0.5)]
     found = PruningReport(**{"layers": layers, "method": "SparseGPT", **report})
@@ -67,18 +70,19 @@ def test_the_config_line_gives_the_same_model(config, tmp_path):
     lines = code_of((tmp_path / "first" / "README.md").read_text(), "How it was made").splitlines()
     assert lines[2].startswith("data = ...  # in memory: tokens [6, 24]")
     assert "staged" not in lines[3]  # what every method of its kind does is not said
-    scope = {"data": token_ids()}
-    exec("\n".join([lines[0], lines[3]]), scope)
-    again = Pruner.from_pretrained(make_model("llama")).prune(scope["config"])
-    assert_same_weights(again, model)
+    assert lines[4] == f'Pruner.from_pretrained({HERE!r}).prune(config, dataset=data).save_pretrained("out")'
+    scope = {"data": token_ids(), "model": make_model("llama")}
+    exec("\n".join([*lines[:2], *lines[3:]]).replace(repr(HERE), "model").replace('"out"', repr(str(tmp_path))), scope)
+    assert_same_weights(scope["model"], model)
+    again = scope["model"]
     again.save_pretrained(tmp_path / "second")
     assert (tmp_path / "first" / "README.md").read_bytes() == (tmp_path / "second" / "README.md").read_bytes()
 
 
 def test_a_method_of_ones_own_and_data_by_name_are_named():
     card = card_of(method="Saliency", base_model="org/model")
-    assert 'Pruner.from_pretrained("org/model").prune(config, method=method)' in card
-    assert "method = Saliency(...)" in card
+    assert "Pruner.from_pretrained('org/model').prune(config, method=method).save_pretrained(\"out\")" in card
+    assert "method = ...  # an object of its author's own, Saliency" in card
     assert "config = SparsityConfig(pattern='2:4')" in card
     assert ModelCard(card).data.base_model == "org/model"
     assert "dataset='wikitext2'" in card_of(SparsityConfig(dataset="wikitext2"))
@@ -182,11 +186,54 @@ def test_sizes_of_other_architectures(architecture, tmp_path):
 
 
 def test_files_of_another_model_beside_it_are_no_error(tmp_path, sparse_checkpoints, caplog):
-    shutil.copy(sparse_checkpoints["2:4"] / "model.safetensors", tmp_path / "another.safetensors")
-    model = Pruner.from_pretrained(make_model("qwen3", num_hidden_layers=3)).prune(make_config("magnitude"))
+    model = Pruner.from_pretrained(make_model("llama", num_hidden_layers=1)).prune(make_config("magnitude"))
+    for name in ("another", "model-copy"):
+        shutil.copy(sparse_checkpoints["2:4"] / "model.safetensors", tmp_path / f"{name}.safetensors")
+        model.save_pretrained(tmp_path)
+        assert ("## Size" in (tmp_path / "README.md").read_text()) == (name == "another")
+    assert "says nothing of sizes: 14 matrices in the files, 7 in the report" in caplog.text
+    (tmp_path / "model-copy.safetensors").write_bytes(b"damaged")
     model.save_pretrained(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    assert ("## Size" in text) != ("says nothing of sizes" in caplog.text)
+    assert "model-copy.safetensors cannot be read" in caplog.text
+
+
+def test_a_report_from_anywhere_does_not_write_outside_of_its_part():
+    evil = f"x')\nimport os\n```\n{END} | `"
+    layer = LayerReport(evil, [8, 16], "2:4", 0.5)
+    report = PruningReport([layer], method=evil, base_model=evil, quality=[Measurement(evil, evil, 1.0, note=evil)])
+    config = SparsityConfig(dataset=f"in memory: {evil}", ignore=[evil])
+    card = make_card(config, report, {})
+    assert card.count(END) == card.count(BEGIN) == 1
+    assert ModelCard(card).data.base_model is None
+    for block in (code_of(card, "Load"), code_of(card, "How it was made")):
+        assert not [line for line in block.splitlines() if line.startswith("import os")]
+    assert card.count("```") == 8
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["layers"][0].update(shape="abc"),
+        lambda content: content["layers"][0].update(sparsity="much"),
+        lambda content: content.update(quality=[{"metric": "perplexity", "data": "x", "value": "low"}]),
+        lambda content: content.update(method=7),
+        lambda content: content.update(base_model=["x"]),
+    ],
+)
+def test_a_damaged_report_is_none(damage, sparse_checkpoints, tmp_path):
+    folder = shutil.copytree(sparse_checkpoints["2:4"], tmp_path / "sparse")
+    content = json.loads((folder / REPORT_FILE).read_text())
+    damage(content)
+    (folder / REPORT_FILE).write_text(json.dumps(content))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.hf_quantizer.report is None
+    model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "README.md").exists()
+
+
+def test_a_measurement_is_a_number(tiny_llama):
+    with pytest.raises(ValueError, match=r"value=.*must be a number"):
+        Measurement("perplexity", "wikitext2", object())
 
 
 def test_tags_of_the_model_are_kept(tmp_path):
@@ -231,7 +278,7 @@ def test_of_a_model_of_the_hub_the_card_names_it(hub, client, tiny_llama, tmp_pa
     client(hub_calls.prune_from_hub, "me/dense", "me/pruned")
     card = ModelCard(hub.files("me/pruned")["README.md"].decode())
     assert card.data.base_model == "me/dense"
-    assert 'Pruner.from_pretrained("me/dense").prune_to_disk(config, "out")' in card.text
+    assert "Pruner.from_pretrained('me/dense').prune_to_disk(config, \"out\")" in card.text
     assert client(hub_calls.load, str(tiny_llama), "me/pruned")["base_model"] == "me/dense"
     again = client(hub_calls.push_again, "me/pruned", "me/again")
     assert ModelCard(again).data.base_model == "me/dense"  # and not me/again
@@ -308,10 +355,24 @@ def test_no_network_is_explained(client):
 def test_the_command_line_asks_before_it_prunes(client, tiny_llama, tmp_path):
     arguments = ["prune", str(tiny_llama), "--method", "magnitude", "-o", str(tmp_path / "out")]
     unreachable = {"ENDPOINT": "http://127.0.0.1:9"}
-    for environment, constants in (({"HF_TOKEN": ""}, {}), ({}, unreachable)):
-        assert client(hub_calls.refused, "me/x", environment, constants, *arguments) == ("", "1")
-    assert client(hub_calls.refused, "not a name", {}, {}, *arguments) == ("", "1")
+    for repo, environment, constants, message in (
+        ("me/x", {"HF_TOKEN": ""}, {}, "without a token"),
+        ("me/x", {}, unreachable, "cannot be reached"),
+        ("not a name", {}, {}, "'not a name'"),
+    ):
+        code, error = client(hub_calls.refused, repo, environment, constants, *arguments)
+        assert code == "1"
+        assert error.startswith("error: ")
+        assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_after_a_failed_upload_the_checkpoint_is_there(client, tiny_llama, tmp_path):
+    arguments = ["prune", str(tiny_llama), "--method", "magnitude", "-o", str(tmp_path / "out")]
+    code, error = client(hub_calls.refused, "other/x", {}, {}, *arguments)
+    assert code == "1"
+    assert f"The checkpoint is complete: `hf upload other/x {tmp_path / 'out'}` uploads it." in error
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_nothing_pruned_is_nothing_to_upload(tiny_llama):
