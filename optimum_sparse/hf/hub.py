@@ -169,9 +169,8 @@ def _recipe(config: SparsityConfig, method: str, source: str) -> list[str]:
         lines.append(f"data = ...  # {' '.join(config.dataset.split())}")
         given += ", dataset=data"
     if own:
-        lines.append(
-            "method = ...  # an object of its author's own" + (f", {method}" if method.isidentifier() else "")
-        )
+        name = f", {method}" if method.isidentifier() else ""
+        lines.append(f"method = ...  # an object of its author's own{name}")
         given += ", method=method"
     lines.append(f"config = SparsityConfig({', '.join(arguments)})")
     pruning = f'prune(config{given}).save_pretrained("out")' if given else 'prune_to_disk(config, "out")'
@@ -196,8 +195,6 @@ def _quality(report: PruningReport) -> list[str]:
         error = "" if found.standard_error is None else f" ± {found.standard_error:.2g}"
         texts = (f"{found.metric}, {found.data}", found.note)
         what, note = (" ".join(re.sub("[|`]", "/", text).split()) for text in texts)
-            " ".join(text.replace("|", "/").split()) for text in (f"{found.metric}, {found.data}", found.note)
-        )
         rows.append(f"| {what} | {dense} | {found.value:.4g}{error} | {note} |")
     return ["## Quality", "\n".join(rows)]
 
