@@ -218,7 +218,8 @@ def _eval(args: argparse.Namespace) -> None:
     if args.save and report is not None:
         note = f"{result.windows} windows of {result.window} tokens"
         values = (result.perplexity, None if math.isnan(result.standard_error) else result.standard_error)
-        found = Measurement("perplexity", args.dataset, *values, None if dense is None else dense.perplexity, note)
+        data = Path(args.dataset).name if Path(args.dataset).is_file() else args.dataset
+        found = Measurement("perplexity", data, *values, None if dense is None else dense.perplexity, note)
         report.measured(found)
         write_report(args.model, report)
         write_card(args.model, model, report)

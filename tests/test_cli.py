@@ -100,7 +100,7 @@ def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     (stored,) = json.loads((out / "sparsity_report.json").read_text())["quality"]
     assert (stored["value"], stored["dense"]) == (found["perplexity"], found["dense"]["perplexity"])
-    row = f"| perplexity, {text} | {stored['dense']:.4g} | {stored['value']:.4g} ± "
+    row = f"| perplexity, {text.name} | {stored['dense']:.4g} | {stored['value']:.4g} ± "
     assert row in (out / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
     assert row in (tmp_path / "again" / "README.md").read_text()

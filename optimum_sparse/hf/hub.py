@@ -160,6 +160,8 @@ def _recipe(config: SparsityConfig, method: str, source: str) -> list[str]:
     arguments = []
     for field in fields(SparsityConfig):
         value = getattr(config, field.name)
+        if field.name == "dataset" and Path(value).suffix in (".txt", ".jsonl", ".parquet"):
+            value = Path(value).name  # where it lies is nobody's business
         said = field.name in ("method", "pattern") or value != usual.get(field.name, getattr(default, field.name))
         if said and field.name not in left_out:
             arguments.append(f"{field.name}={value!r}")

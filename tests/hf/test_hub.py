@@ -85,7 +85,8 @@ def test_a_method_of_ones_own_and_data_by_name_are_named():
     assert "method = ...  # an object of its author's own, Saliency" in card
     assert "config = SparsityConfig(pattern='2:4')" in card
     assert ModelCard(card).data.base_model == "org/model"
-    assert "dataset='wikitext2'" in card_of(SparsityConfig(dataset="wikitext2"))
+    for dataset, said in (("wikitext2", "wikitext2"), ("org/name:en", "org/name:en"), ("/home/me/a.jsonl", "a.jsonl")):
+        assert f"dataset={said!r}" in card_of(SparsityConfig(dataset=dataset))
 
 
 def test_measured_quality_is_in_the_report_and_in_the_card():
