@@ -7,12 +7,13 @@ Importing this package registers it with transformers: `from_pretrained` then ta
 from .config import SparsityConfig
 from .hf.integration import SparseModelForCausalLM, install, uninstall
 from .pruner import Pruner
-from .report import LayerReport, PruningReport
+from .report import LayerReport, Measurement, PruningReport
 from .version import __version__
 
 
 __all__ = [
     "LayerReport",
+    "Measurement",
     "Pruner",
     "PruningReport",
     "SparseModelForCausalLM",

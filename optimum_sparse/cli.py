@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
-from .evaluation import measure_speed, perplexity
-from .hf.checkpoint import export_dense, inspect
+from .evaluation import Perplexity, measure_speed, perplexity
+from .hf.checkpoint import REPORT_FILE, export_dense, inspect, read_report, write_report
+from .hf.hub import check_access, push, write_card
 from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
+from .report import Measurement
 
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
@@ -88,6 +91,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("model", help="id on the hub, or a folder")
     parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--max-shard-size", default="50GB", help="largest weight file [50GB]")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="and upload it, with its model card, to this id")
     recipe = parser.add_argument_group("recipe", "everything that is not given takes SparsityConfig's default")
     recipe.add_argument("--config", help="a JSON file with the fields of SparsityConfig; options given here win")
     recipe.add_argument(
@@ -150,10 +154,18 @@ def _prune(args: argparse.Namespace) -> None:
     if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
         options.pop("sparsity", None)  # a file's sparsity belongs to the file's pattern
     config = SparsityConfig.recipe(args.recipe, **options) if args.recipe else SparsityConfig.from_dict(options)
+    if args.push_to_hub:
+        check_access(args.push_to_hub)  # before all the work
     pruner = Pruner.from_pretrained(args.model, **_loading(args))
     pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
     print(pruner.report)
     print(inspect(args.output, trust_remote_code=args.trust_remote_code))
+    if args.push_to_hub:
+        try:
+            print(push(args.output, args.push_to_hub).repo_url)
+        except OSError as error:
+            again = f"hf upload {args.push_to_hub} {args.output}"
+            raise OSError(f"{error} The checkpoint is complete: `{again}` uploads it.") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -189,24 +201,41 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--max-windows", type=int, help="only the first ones")
     parser.add_argument("--batch-size", type=int, default=1, help="windows per forward pass [1]")
     parser.add_argument("--run-compressed", action="store_true", help="keep the weights compressed in memory")
+    parser.add_argument("--dense", metavar="MODEL", help="also measure this one, the model before pruning")
+    parser.add_argument("--save", action="store_true", help="put the result into the folder's report and model card")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_loading(parser)
     parser.set_defaults(run_sparse=_eval)
 
 
 def _eval(args: argparse.Namespace) -> None:
+    report = read_report(Path(args.model))
+    if args.save and report is None:
+        raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
     compressed = {"run_compressed": True} if args.run_compressed else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args), **compressed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    result = perplexity(
-        model,
-        tokenizer,
-        args.dataset,
-        window=args.window,
-        max_windows=args.max_windows,
-        batch_size=args.batch_size,
-    )
-    print(json.dumps(result.to_dict()) if args.json else f"perplexity {result}, {result.seconds:.1f} s")
+    model, result = _measure(args, args.model, **compressed)
+    dense = _measure(args, args.dense)[1] if args.dense else None
+    if args.save and report is not None:
+        note = f"{result.windows} windows of {result.window} tokens"
+        values = (result.perplexity, None if math.isnan(result.standard_error) else result.standard_error)
+        data = Path(args.dataset).name if Path(args.dataset).is_file() else args.dataset
+        found = Measurement("perplexity", data, *values, None if dense is None else dense.perplexity, note)
+        report.measured(found)
+        write_report(args.model, report)
+        write_card(args.model, model, report)
+    if args.json:
+        print(json.dumps(result.to_dict() | ({} if dense is None else {"dense": dense.to_dict()})))
+        return
+    print(f"perplexity {result}, {result.seconds:.1f} s")
+    if dense is not None:
+        print(f"dense {dense}, {dense.seconds:.1f} s")
+
+
+def _measure(args: argparse.Namespace, source: str, **loading: Any) -> tuple[PreTrainedModel, Perplexity]:
+    model = AutoModelForCausalLM.from_pretrained(source, **_loading(args), **loading)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    sizes = {"window": args.window, "max_windows": args.max_windows, "batch_size": args.batch_size}
+    return model, perplexity(model, tokenizer, args.dataset, **sizes)
 
 
 def _add_info(commands: Any) -> None:

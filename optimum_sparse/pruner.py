@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import SparsityConfig
 from .hf.checkpoint import new_directory, read_report
+from .hf.hub import push, push_model
 from .hf.integration import HUB_ARGUMENTS
 from .hf.prune import prune_model
 from .hf.quantizer import SparsityQuantizer, load_tokenizer
@@ -104,6 +106,23 @@ class Pruner:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
         return Path(output)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Upload what was pruned: weights, tokenizer, report and model card, to a repository that is made if need be.
+
+        Args:
+            options: as of transformers' push_to_hub: private, token, revision, create_pr, commit_message,
+                commit_description; and max_shard_size and tags, for a model in memory.
+
+        Raises:
+            ValueError: nothing was pruned yet; `repo_id` is no valid name; there is no token.
+            OSError: the Hub cannot be reached, or refuses.
+        """
+        if self.report is None:
+            raise ValueError("nothing was pruned yet: call prune or prune_to_disk first.")
+        if self._model is None:
+            return push(cast(str, self._source), repo_id, **options)
+        return push_model(self._model, repo_id, tokenizer=self.tokenizer, **options)
 
 
 def _check(config: Any) -> None:

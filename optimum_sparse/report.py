@@ -44,6 +44,36 @@ class LayerReport:
         return self.routed is not None and self.routed < self.shape[1]
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """How good the pruned model is at something, beside the dense one.
+
+    Attributes:
+        metric: "perplexity", say.
+        data: what it was measured on.
+        value: of the pruned model.
+        standard_error: of `value`.
+        dense: the same of the dense model.
+        note: how it was measured.
+    """
+
+    metric: str
+    data: str
+    value: float
+    standard_error: float | None = None
+    dense: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("metric", "data", "note"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be a string.")
+        for name in ("value", "standard_error", "dense"):
+            number = getattr(self, name)
+            if not isinstance(number, int | float) and (number is not None or name == "value"):
+                raise ValueError(f"{name}={number!r}: must be a number.")
+
+
 @dataclass
 class PruningReport:
     """All matrices of the decoder blocks, in the order of the model.
@@ -51,11 +81,15 @@ class PruningReport:
     Attributes:
         seconds: the phases of the run.
         method: the class that solved the layers; a config cannot name one that was passed as an object.
+        base_model: the id on the hub of what was pruned; empty if it came from a folder or from memory.
+        quality: what was measured since; none of it by pruning. It stands in the model card.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""
+    base_model: str = ""
+    quality: list[Measurement] = field(default_factory=list)
 
     @property
     def pruned(self) -> list[LayerReport]:
@@ -70,19 +104,37 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "PruningReport":
-        return cls([LayerReport(**layer) for layer in content["layers"]], dict(content["seconds"]), content["method"])
+        for name in ("method", "base_model"):
+            if not isinstance(content.get(name, ""), str):
+                raise ValueError(f"{name}={content[name]!r}: must be a string.")
+        return cls(
+            [LayerReport(**layer) for layer in content["layers"]],
+            dict(content["seconds"]),
+            content["method"],
+            content.get("base_model", ""),
+            [Measurement(**measured) for measured in content.get("quality", [])],
+        )
+
+    def measured(self, found: Measurement) -> None:
+        """Add to `quality`, in place of an earlier measurement of the same in the same way."""
+        same = (found.metric, found.data, found.note)
+        self.quality = [other for other in self.quality if (other.metric, other.data, other.note) != same] + [found]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self, seconds: bool = True) -> str:
         """A short table: layers of the same kind in one line, whatever was left dense by name and reason."""
         groups: dict[tuple, list[LayerReport]] = {}
         for layer in self.pruned:
             kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
             family = str(layer.pattern).split()[0]  # unstructured sparsities may all differ
             groups.setdefault((kind, tuple(layer.shape), family), []).append(layer)
-        rows = [("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")]
+        head = ("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")
+        rows: list[tuple[str, ...]] = [head]
         for (kind, shape, family), members in groups.items():
             patterns = {str(layer.pattern) for layer in members}
             shares = [layer.sparsity for layer in members]
@@ -100,6 +152,8 @@ class PruningReport:
                     f"{sum(layer.seconds for layer in members):.1f}",
                 )
             )
+        if not seconds:
+            rows = [row[:-1] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -121,5 +175,8 @@ class PruningReport:
         if trained:
             before, after = (sum(column) / len(trained) for column in zip(*trained, strict=True))
             lines.append(f"reconstruction: mean error of a block {before:.4f} -> {after:.4f}")
-        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
-        return "\n".join(lines + ([f"{self.method}: {phases}"] if phases else []))
+        if seconds and self.seconds:
+            lines.append(
+                f"{self.method}: " + ", ".join(f"{phase} {took:.1f} s" for phase, took in self.seconds.items())
+            )
+        return "\n".join(lines)

@@ -7,11 +7,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from hub import Client, Hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +62,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .txt file of a few thousand words that the tiny tokenizer knows."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{3 + 7 * i % 190}" for i in range(3000)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def sparse_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Path]:
     """The same model pruned by magnitude, one checkpoint per pattern. Read only."""
     from models import make_config
@@ -71,3 +81,20 @@ def sparse_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Pat
         folders[pattern] = tmp_path_factory.mktemp(f"sparse-{pattern.replace(':', '-')}")
         Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", pattern)).save_pretrained(folders[pattern])
     return folders
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    """A Hub on loopback; every test uses repositories of its own."""
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def client(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Calls functions of `hub_calls` in a process that knows this Hub."""
+    client = Client(hub, tmp_path_factory.mktemp("hf-home"))
+    yield client
+    client.close()

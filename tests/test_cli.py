@@ -1,6 +1,7 @@
 """The command line as a user runs it, on a tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,14 +14,6 @@ from optimum_sparse.cli import main
 from optimum_sparse.core import NM
 from optimum_sparse.hf import streaming
 from optimum_sparse.kernels.linear import select
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A .txt file of a few thousand words that the tiny tokenizer knows."""
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{3 + 7 * i % 190}" for i in range(3000)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +91,21 @@ def test_eval_of_dense_and_compressed_agree(pruned, text, capsys):
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(pruned, out)
+    arguments = ["eval", str(out), "--dataset", str(text), "--window", "64", "--dense", str(tiny_llama), "--json"]
+    for more in (["--run-compressed"], []):  # the second in place of the first
+        assert main([*arguments, "--save", *more]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (stored,) = json.loads((out / "sparsity_report.json").read_text())["quality"]
+    assert (stored["value"], stored["dense"]) == (found["perplexity"], found["dense"]["perplexity"])
+    row = f"| perplexity, {text.name} | {stored['dense']:.4g} | {stored['value']:.4g} ± "
+    assert row in (out / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
+    assert row in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     assert main(["info", str(pruned), "--layers"]) == 0
     printed = capsys.readouterr().out
@@ -133,6 +141,7 @@ def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
         (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
         (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),
         (["info", "MODEL"], "not a sparse checkpoint"),
+        (["eval", "MODEL", "--save"], "must be the folder of a sparse checkpoint"),
         (["export", "MODEL", "--output", "OUT"], "not a sparse checkpoint"),
     ],
 )

@@ -1,6 +1,6 @@
 """What is read from and written to files: reports beside checkpoints, what a checkpoint holds, dense export.
 
-Only this module, `journal` and `streaming` do file input and output.
+Only this module, `hub`, `journal` and `streaming` do file input and output.
 """
 
 import contextlib
@@ -34,7 +34,10 @@ REPORT_FILE = "sparsity_report.json"
 def read_report(directory: Path) -> PruningReport | None:
     """The report beside a checkpoint; None if there is none or it is not one."""
     try:
-        return PruningReport.from_dict(json.loads((directory / REPORT_FILE).read_text(encoding="utf-8")))
+        report = PruningReport.from_dict(json.loads((directory / REPORT_FILE).read_text(encoding="utf-8")))
+        sum(math.prod(map(int, layer.shape)) * layer.sparsity for layer in report.layers)
+        str(report)  # raises for values of other types
+        return report
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -2,16 +2,19 @@
 
 import copy
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
 from ..config import QUANT_METHOD, SparsityConfig
 from .checkpoint import write_report
+from .hub import push, push_model, write_card
 from .quantizer import SparsityQuantizer
 
 
@@ -45,6 +48,7 @@ def install() -> None:
     # The Auto classes pass on what they do not know.
     PreTrainedModel.from_pretrained = classmethod(_taking_sparsity(PreTrainedModel.from_pretrained.__func__))
     PreTrainedModel.save_pretrained = _saving_report(PreTrainedModel.save_pretrained)
+    PreTrainedModel.push_to_hub = _pushing_sparse(PreTrainedModel.push_to_hub)
 
 
 def uninstall() -> None:
@@ -57,6 +61,7 @@ def uninstall() -> None:
     )
     PreTrainedModel.from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__.__wrapped__)
     PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
+    PreTrainedModel.push_to_hub = PreTrainedModel.push_to_hub.__wrapped__
 
 
 def _taking_sparsity(original: Callable) -> Callable:
@@ -142,23 +147,54 @@ def _stored_config(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None
     return stored if isinstance(stored, dict) else None
 
 
+def _is_sparse(model: PreTrainedModel) -> bool:
+    """Whether all of this model is saved by our quantizer: not an adapter on top of it, not one part."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    adapter = getattr(model, "_hf_peft_config_loaded", False)
+    return isinstance(quantizer, SparsityQuantizer) and quantizer.saves_all and not adapter
+
+
 def _saving_report(original: Callable) -> Callable:
+    """With report and model card; and, for push_to_hub=True, with them in the upload, and no card of transformers'."""
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def save_pretrained(
-        self: PreTrainedModel,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        result = original(self, save_directory, is_main_process, *args, **kwargs)
-        report = getattr(getattr(self, "hf_quantizer", None), "report", None)
-        if (
-            is_main_process
-            and isinstance(getattr(self, "hf_quantizer", None), SparsityQuantizer)
-            and report is not None
-        ):
-            write_report(save_directory, report)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not _is_sparse(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        directory = Path(given["save_directory"])
+        uploading = given.pop("push_to_hub", False)
+        more = given.pop("kwargs", {})
+        options = {name: more.pop(name) for name in PUSH_ARGUMENTS if name in more} if uploading else {}
+        before = _ages(directory)
+        result = original(**given, **more)
+        if given.get("is_main_process", True):
+            report = cast(SparsityQuantizer, self.hf_quantizer).report
+            if report is not None:
+                write_report(directory, report)
+                write_card(directory, self, report)
+            if uploading:
+                changed = [name for name, age in _ages(directory).items() if before.get(name) != age]
+                repo_id = options.pop("repo_id", directory.name)
+                push(directory, repo_id, files=changed, token=given.get("token"), **options)
         return result
 
     return save_pretrained
+
+
+PUSH_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description")
+
+
+def _ages(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in directory.glob("*") if path.is_file()}
+
+
+def _pushing_sparse(original: Callable) -> Callable:
+    """transformers' own would put a card without content in place of ours, and leave out the tokenizer."""
+
+    @functools.wraps(original)
+    def push_to_hub(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return (push_model if _is_sparse(self) else original)(self, *args, **kwargs)
+
+    return push_to_hub

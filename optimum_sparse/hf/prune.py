@@ -6,9 +6,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -68,7 +71,7 @@ def prune_model(
     if asked.fisher is None and not has_likelihood:
         config.fisher = False
     plan = make_plan(model, config)
-    report = PruningReport(method=name)
+    report = PruningReport(method=name, base_model=_hub_id(model))
     kept = _computed if journal is None else journal.kept
     before = {} if journal is None else journal.seconds
 
@@ -143,6 +146,15 @@ def prune_model(
     order = {name: number for number, name in enumerate(module_names(model))}
     report.layers = sorted(layers, key=lambda layer: order[layer.name])
     return _as_stored(model, config, described, layers), report
+
+
+def _hub_id(model: PreTrainedModel) -> str:
+    """Where on the hub the model came from; empty if it came from elsewhere."""
+    source = model.config.name_or_path or ""
+    with contextlib.suppress(HFValidationError):  # a path
+        validate_repo_id(source)
+        return "" if Path(source).exists() else source
+    return ""
 
 
 def _computed(name: str, compute: Callable[[], Any]) -> Any:

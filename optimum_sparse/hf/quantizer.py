@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -20,7 +21,7 @@ from ..formats import FORMATS, bitmask
 from ..nn import Experts, SparseLinear
 from ..report import PruningReport
 from .blocks import Plan, linears_of, make_plan
-from .checkpoint import check_stored, read_headers, read_report, stored_matrices
+from .checkpoint import REPORT_FILE, check_stored, read_headers, read_report, stored_matrices
 from .placement import offloaded_weight
 from .prune import measures_layers, prune_model
 
@@ -63,6 +64,11 @@ class SparsityQuantizer(HfQuantizer):
         model.hf_quantizer = quantizer
         quantizer._mark(model)
 
+    @property
+    def saves_all(self) -> bool:
+        """Whether the model is saved whole, and not one part of it."""
+        return self._part is None
+
     # ---- loading
 
     def _process_model_before_weight_loading(
@@ -76,7 +82,7 @@ class SparsityQuantizer(HfQuantizer):
             return
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(f"a sparse checkpoint is read from .safetensors files, got {checkpoint_files}.")
-        self.report = read_report(Path(checkpoint_files[0]).parent)
+        self.report = read_report(Path(checkpoint_files[0]).parent) or _report_on_hub(model.config)
         self._skeleton, self._files = model, checkpoint_files
         self._plan = make_plan(model, self.quantization_config, strict=False)
         self._decompress = Decompress(self._plan)
@@ -373,6 +379,17 @@ def load_tokenizer(config: PreTrainedConfig, **kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}) | kwargs)
     except (OSError, ValueError):
         return None
+
+
+def _report_on_hub(config: PreTrainedConfig) -> PruningReport | None:
+    """The report in the repository that a model came from: transformers itself fetches only weights."""
+    if not config.name_or_path or Path(config.name_or_path).is_dir():
+        return None
+    try:
+        path = hf_hub_download(config.name_or_path, REPORT_FILE, revision=getattr(config, "_commit_hash", None))
+    except (OSError, ValueError):
+        return None
+    return read_report(Path(path).parent)
 
 
 def _dense_module(sparse: SparseLinear) -> nn.Module:

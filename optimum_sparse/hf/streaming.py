@@ -27,7 +27,8 @@ from ..config import SparsityConfig
 from ..pipeline import Block
 from ..version import __version__
 from .blocks import find_blocks
-from .checkpoint import atomically, read_headers, sync, writing
+from .checkpoint import atomically, read_headers, sync, write_report, writing
+from .hub import write_card
 from .integration import HUB_ARGUMENTS
 from .journal import Journal
 from .prune import prune_model
@@ -153,7 +154,7 @@ def _prune(
     size = 0
     for number, shard in enumerate(shards, 1):
         path = journal.checkpoint / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if not path.exists():  # a run may have ended in this loop
+        if (journal.checkpoint / shard).exists():  # a run may have ended in this loop, or after it
             os.replace(journal.checkpoint / shard, path)
         headers = read_headers([path])
         weights |= dict.fromkeys(headers, path.name)
@@ -161,6 +162,8 @@ def _prune(
     index = {"metadata": {"total_parameters": model.num_parameters(), "total_size": size}, "weight_map": weights}
     with atomically(journal.checkpoint / "model.safetensors.index.json") as temporary:
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_report(journal.checkpoint, report)
+    write_card(journal.checkpoint, model, report)
 
 
 def _save_part(model: PreTrainedModel, journal: Journal, name: str, max_shard_size: int | str) -> list[str]:

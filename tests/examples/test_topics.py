@@ -1,0 +1,53 @@
+"""One example per topic: each runs as it is, on a tiny model, and does what it says."""
+
+import json
+
+import hub_calls
+import pytest
+from helpers import load_example
+from models import assert_pattern, linears_of
+from transformers import AutoModelForCausalLM
+
+
+def assert_pruned(path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for linear in linears_of(model.model.layers).values():
+        assert_pattern(linear.weight, "2:4")
+
+
+@pytest.mark.parametrize("name", ["prune_on_load", "larger_than_memory"])
+def test_prunes_and_saves(name, tiny_llama, text, tmp_path, capsys):
+    load_example(name).main(str(tiny_llama), str(tmp_path / "out"), str(text), samples=4, tokens=32)
+    assert_pruned(tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "model.layers.*.mlp.down_proj" in printed
+    assert ("model-00003-of-00003.safetensors" in printed) == (name == "larger_than_memory")
+
+
+def test_own_data_is_calibrated_on_document_by_document(tiny_llama, text, tmp_path):
+    words = text.read_text().split()
+    (tmp_path / "documents.txt").write_text("\n\n".join(" ".join(words[:size]) for size in range(10, 40)))
+    example = load_example("own_data")
+    example.main(str(tiny_llama), str(tmp_path / "documents.txt"), str(tmp_path / "out"), samples=20, tokens=32)
+    assert_pruned(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["dataset"] == "in memory: DataLoader"
+
+
+def test_share_uploads_what_it_measured(tiny_llama, text, hub, client):
+    client(hub_calls.run_example, "share", str(tiny_llama), "me/shared", str(text), str(text), 4, 32)
+    card = hub.files("me/shared")["README.md"].decode()
+    assert f"| perplexity, {text} | " in card
+
+
+def test_serve_writes_and_exports(sparse_checkpoints, tmp_path, tokenizer, capsys):
+    checkpoint = tmp_path / "sparse"
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"])
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    load_example("serve").main(str(checkpoint), str(tmp_path / "dense"), prompt="w3 w5")
+    printed = capsys.readouterr().out
+    assert "w3 w5" in printed
+    assert f"vllm serve {tmp_path / 'dense'}" in printed
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert_pruned(tmp_path / "dense")
