@@ -119,7 +119,7 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _column_squares(x: Tensor) -> Tensor:
-    """Sum of x_j^2 over the rows of x [tokens, in], in fp32. GPUs do it in one pass; on CPUs that takes twice as long."""
+    """Sum of x_j^2 over the rows of x [tokens, in], in fp32. GPUs do it in one pass; CPUs are faster in two."""
     if x.device.type == "cuda":
         return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
     return x.float().square().sum(0)
