@@ -1,4 +1,4 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, bench."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, convert, bench."""
 
 import argparse
 import json
@@ -16,21 +16,20 @@ from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityCon
 from .core import parse_pattern
 from .evaluation import measure_speed, perplexity
 from .hf.checkpoint import export_dense, inspect
+from .hf.convert import convert, export_csr, survey
 from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
 
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
-
-
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
-    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,bench}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,convert,bench}", required=True)
     _add_prune(commands)
     _add_eval(commands)
     _add_info(commands)
     _add_export(commands)
+    _add_convert(commands)
     _add_bench(commands)
 
 
@@ -213,35 +212,40 @@ def _add_info(commands: Any) -> None:
     parser = _command(
         commands,
         "info",
-        "Say what a sparse checkpoint on disk holds, from its headers alone, and check every shape.",
+        "Read a checkpoint on disk, sparse or dense: zeros and exact patterns of every matrix, what it takes in other "
+        "formats, and which kernel would run here. A sparse one is checked on the way.",
         "model-2of4",
     )
     parser.add_argument("model", help="a folder")
-    parser.add_argument("--layers", action="store_true", help="also list every compressed matrix")
+    parser.add_argument("--layers", action="store_true", help="a line for every matrix")
     _add_trust(parser)
     parser.set_defaults(run_sparse=_info)
 
 
 def _info(args: argparse.Namespace) -> None:
-    info = inspect(args.model, trust_remote_code=args.trust_remote_code)
+    loading = {"trust_remote_code": args.trust_remote_code}
+    found = survey(args.model, **loading)
+    if found.source.recipe is not None:
+        print(inspect(args.model, **loading), end="\n\n")
+    elif found.source.legacy is not None:
+        print(f"{found.source.legacy}, which has to be converted: optimum-cli sparse convert", end="\n\n")
     if args.layers:
-        for name, (pattern, shape, stored, dense) in info.matrices.items():
-            print(f"{name}  {shape[0]}x{shape[1]}  {pattern}  {stored:,} of {dense:,} bytes ({stored / dense:.4f})")
-    print(info)
+        print(found.per_matrix(), end="\n\n")
+    print(found)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for dtype in sorted(info.dtypes & DTYPES.keys()):
-        print(f"run_compressed=True here ({device}, {dtype}):")
+    smaller = [matrix for matrix in found.matrices if matrix.nbytes["bitmask"] < matrix.nbytes["dense"]]
+    for dtype in sorted({matrix.dtype for matrix in smaller}, key=str):
+        print(f"\ncompressed in memory, as by run_compressed=True, here ({device}, {dtype}):")
         for tokens in (1, 8, 64, 512):
-            layers: Counter[Choice] = Counter()
-            for pattern, shape, _, _ in info.matrices.values():
-                name, *sparsity = pattern.split()
-                layers[
-                    select(
-                        device, DTYPES[dtype], parse_pattern(name, *map(float, sparsity)), (shape[0], shape[1]), tokens
-                    )
-                ] += 1
+            layers: Counter[Choice] = Counter(
+                select(device, dtype, matrix.stored, matrix.shape, tokens)
+                for matrix in smaller
+                if matrix.dtype == dtype
+            )
             for choice, count in layers.items():
                 print(f"  {tokens} tokens, {count} layers: {choice.backend}, {choice.reason}")
+    if len(smaller) < len(found.matrices):
+        print(f"\n{len(found.matrices) - len(smaller)} matrices have too few zeros to be smaller than dense")
 
 
 def _add_export(commands: Any) -> None:
@@ -249,14 +253,43 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         "Write a sparse checkpoint as an ordinary dense one, zeros in place, that loads anywhere (vLLM, plain "
-        "transformers) without this package.",
+        "transformers) without this package; or its matrices as torch.sparse_csr has them, for other software.",
         "model-2of4 --output model-dense",
     )
-    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("model", help="id on the hub, or a folder; a folder for csr")
     parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--format", default="dense", choices=["dense", "csr"], help="[dense]")
+    _add_trust(parser)
+    parser.set_defaults(run_sparse=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.format == "dense":
+        return export_dense(args.model, args.output, trust_remote_code=args.trust_remote_code)
+    sizes = export_csr(args.model, args.output, trust_remote_code=args.trust_remote_code).nbytes
+    print(
+        f"sparse matrices as CSR {sizes['csr'] / 1e6:,.1f} MB: {sizes['csr'] / sizes['dense']:.2f} of dense, "
+        f"{sizes['csr'] / sizes['bitmask']:.2f} of bitmask, which they were read from"
+    )
+    return None
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "Read a checkpoint that compressed-tensors wrote as sparse-24-bitmask or sparse-bitmask, which its current "
+        "releases and transformers do not, and write it in this package's format, or dense. Weights stay as they are.",
+        "model-of-2024 --output model-2of4",
+    )
+    parser.add_argument("model", help="a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--dense", action="store_true", help="an ordinary checkpoint, zeros in place")
     _add_trust(parser)
     parser.set_defaults(
-        run_sparse=lambda args: export_dense(args.model, args.output, trust_remote_code=args.trust_remote_code)
+        run_sparse=lambda args: print(
+            convert(args.model, args.output, args.dense, trust_remote_code=args.trust_remote_code)
+        )
     )
 
 
