@@ -15,13 +15,15 @@ from torch import Tensor
 
 
 def encode(weight: Tensor) -> dict[str, Tensor]:
-    """A dense matrix [out, in]; zeros are left out. Indices are int64 where int32 cannot count that far."""
-    sparse = weight.to_sparse_csr()
-    kind = torch.int32 if max(sparse.values().numel(), weight.shape[1]) < 2**31 else torch.int64
+    """A dense matrix [out, in]; zeros are left out. From 2**31 weights on, indices are int64."""
+    nonzero = weight != 0
+    kind = torch.int32 if weight.numel() < 2**31 else torch.int64
+    crow = torch.zeros(len(weight) + 1, dtype=kind, device=weight.device)
+    crow[1:] = nonzero.sum(1).cumsum(0)
     return {
-        "weight": sparse.values(),
-        "weight_crow_indices": sparse.crow_indices().to(kind),
-        "weight_col_indices": sparse.col_indices().to(kind),
+        "weight": weight[nonzero],
+        "weight_crow_indices": crow,
+        "weight_col_indices": nonzero.nonzero()[:, 1].to(kind),
     }
 
 

@@ -359,7 +359,13 @@ class CheckpointSurvey:
         table = [("format", "MB", "of dense")]
         table += [(name, f"{size / 1e6:,.1f}", f"{size / sizes['dense']:.4f}") for name, size in sizes.items()]
         return "\n".join(
-            [*lines, "", *_aligned(table), f"and everything else, {self.other_bytes / 1e6:,.1f} MB in each"]
+            [
+                *lines,
+                "",
+                *_aligned(table),
+                f"and everything else, {self.other_bytes / 1e6:,.1f} MB in each. Integers with 16-bit scales, per row "
+                "(int8) or per 128 columns (int4), are what other software would take.",
+            ]
         )
 
     def per_matrix(self) -> str:
