@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
-from .evaluation import measure_speed, perplexity
+from .evaluation import measure_speed, perplexity, score_tasks
 from .hf.checkpoint import export_dense, inspect
 from .hf.convert import convert, export_csr, survey
 from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
+from .report import aligned
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -179,33 +180,62 @@ def _add_eval(commands: Any) -> None:
     parser = _command(
         commands,
         "eval",
-        "Measure the perplexity of a model, dense or sparse.",
-        "model-2of4 --dataset wikitext2",
+        "Measure a model, dense or sparse: perplexity on a text, accuracy at zero-shot tasks.",
+        "model-2of4 --tasks lambada_openai piqa --beside org/model",
     )
     parser.add_argument("model", help="id on the hub, or a folder")
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2 (hub), another hub name, or a local file")
+    parser.add_argument("--beside", metavar="MODEL", help="measure this one first, in the same way: the dense model")
+    parser.add_argument(
+        "--dataset",
+        help="text for the perplexity: wikitext2 (hub), another hub name, or a local file [wikitext2, if there are no "
+        "--tasks]",
+    )
     parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
     parser.add_argument("--max-windows", type=int, help="only the first ones")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows per forward pass [1]")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="local .jsonl files, folders of them, or names that lm-eval knows; see optimum_sparse.evaluation.tasks",
+    )
+    parser.add_argument("--max-items", type=int, help="of each task, only the first ones")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows, or items, per forward pass [1]")
     parser.add_argument("--run-compressed", action="store_true", help="keep the weights compressed in memory")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per model")
     _add_loading(parser)
     parser.set_defaults(run_sparse=_eval)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    compressed = {"run_compressed": True} if args.run_compressed else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args), **compressed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    result = perplexity(
-        model,
-        tokenizer,
-        args.dataset,
-        window=args.window,
-        max_windows=args.max_windows,
-        batch_size=args.batch_size,
-    )
-    print(json.dumps(result.to_dict()) if args.json else f"perplexity {result}, {result.seconds:.1f} s")
+    dataset = args.dataset or (None if args.tasks else "wikitext2")
+    names = [args.model] if args.beside is None else [args.beside, args.model]
+    rows: dict[str, list[str]] = {"": names}
+    for name in names:
+        compressed = {"run_compressed": True} if args.run_compressed and name == args.model else {}
+        model = AutoModelForCausalLM.from_pretrained(name, **_loading(args), **compressed)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        found: dict[str, Any] = {"model": name}
+        if dataset is not None:
+            result = perplexity(
+                model,
+                tokenizer,
+                dataset,
+                window=args.window,
+                max_windows=args.max_windows,
+                batch_size=args.batch_size,
+            )
+            found |= result.to_dict()
+            rows.setdefault("perplexity", []).append(f"{result}, {result.seconds:.1f} s")
+        if args.tasks:
+            scores = score_tasks(model, tokenizer, args.tasks, max_items=args.max_items, batch_size=args.batch_size)
+            found["tasks"] = {score.task: score.to_dict() for score in scores}
+            for score in scores:
+                rows.setdefault(f"{score.task}, {score.metric} of {score.items}", []).append(str(score))
+        if args.json:
+            print(json.dumps(found))
+        del model
+    if not args.json:
+        print("\n".join(aligned([(name, *cells) for name, cells in rows.items()])))
 
 
 def _add_info(commands: Any) -> None:

@@ -99,6 +99,20 @@ def test_eval_of_dense_and_compressed_agree(pruned, text, capsys):
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path, capsys):
+    rows = [{"context": f"w{i} w{i + 1}", "continuation": f"w{i + 2}"} for i in range(3, 9)]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["eval", str(pruned), "--beside", str(tiny_llama), "--tasks", str(tmp_path), "--max-items", "5"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == [str(tiny_llama), str(pruned)]
+    assert re.fullmatch(r"words, acc of 5 +\d\.\d{3} \+- \d\.\d{3} +\d\.\d{3} \+- \d\.\d{3}", printed[1])
+    assert main([*arguments, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["model"] for line in lines] == [str(tiny_llama), str(pruned)]
+    assert lines[1]["tasks"]["words"]["items"] == 5
+
+
 def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     assert main(["info", str(pruned), "--layers"]) == 0
     printed = capsys.readouterr().out
@@ -151,6 +165,8 @@ def test_info_of_a_dense_checkpoint(pruned, tmp_path, capsys):
         (["prune", "MODEL", "--output", "OUT", "--method", "wanda", "--set", "fisher=true"], "second-order method"),
         (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
         (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),
+        (["eval", "MODEL", "--tasks", "no_such.jsonl"], "no such file: 'no_such.jsonl'"),
+        (["eval", "MODEL", "--tasks", "no_such_task"], "are no local .jsonl or .jsonl.gz files, so lm-eval"),
         (["info", "OUT"], "no folder with a config.json"),
         (["convert", "MODEL", "--output", "OUT"], "in none of the formats that are converted"),
         (["export", "MODEL", "--output", "OUT", "--format", "csr"], "not a sparse checkpoint"),

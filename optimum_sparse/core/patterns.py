@@ -147,8 +147,17 @@ def violation(weight: Tensor, pattern: Pattern) -> str | None:
 def patterns_of(weight: Tensor) -> list[NM]:
     """Those of `KNOWN` that a matrix [out, in] follows."""
     share = int(weight.count_nonzero()) / weight.numel()
-    possible = [p for p in KNOWN if weight.shape[1] % p.group == 0 and share <= p.kept / p.group]
-    return [pattern for pattern in possible if violation(weight, pattern) is None]
+    found: list[NM] = []
+    for pattern in KNOWN:
+        if weight.shape[1] % pattern.group or share > pattern.kept / pattern.group:
+            continue
+        implied = any(
+            pattern.group % f.group == 0 and pattern.group // f.group * f.kept <= pattern.kept for f in found
+        )
+        # Most matrices that do not follow it show that in the first row.
+        if implied or (violation(weight[:1], pattern) is None and violation(weight, pattern) is None):
+            found.append(pattern)
+    return found
 
 
 def exactly(weight: Tensor) -> Unstructured:

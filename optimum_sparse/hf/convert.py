@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from ..config import QUANT_METHOD, SparsityConfig
 from ..core import NM, Pattern, Unstructured, exactly, patterns_of
 from ..formats import bitmask, csr, legacy
 from ..pipeline import Linear
-from ..report import LayerReport, PruningReport
+from ..report import LayerReport, PruningReport, aligned
 from .blocks import Plan, full_name, make_plan
 from .checkpoint import (
     inspect,
@@ -354,7 +354,7 @@ class CheckpointSurvey:
             low, high = f"{min(shares):.4f}", f"{max(shares):.4f}"
             zeros = low if low == high else f"{low}-{high}"
             rows.append((kind, str(len(members)), f"{shape[0]}x{shape[1]}", zeros, _names(shared)))
-        lines = _aligned(rows)
+        lines = aligned(rows)
         sizes = self.nbytes
         table = [("format", "MB", "of dense")]
         table += [(name, f"{size / 1e6:,.1f}", f"{size / sizes['dense']:.4f}") for name, size in sizes.items()]
@@ -362,7 +362,7 @@ class CheckpointSurvey:
             [
                 *lines,
                 "",
-                *_aligned(table),
+                *aligned(table),
                 f"and everything else, {self.other_bytes / 1e6:,.1f} MB in each. Integers with 16-bit scales, per row "
                 "(int8) or per 128 columns (int4), are what other software would take.",
             ]
@@ -375,16 +375,11 @@ class CheckpointSurvey:
             sizes = (f"{size:,}" for size in matrix.nbytes.values())
             shape = f"{matrix.shape[0]}x{matrix.shape[1]}"
             rows.append((matrix.name, shape, f"{matrix.sparsity:.4f}", _names(matrix.patterns), *sizes))
-        return "\n".join(_aligned(rows))
+        return "\n".join(aligned(rows))
 
 
 def _names(patterns: Iterable[Pattern]) -> str:
     return " ".join(str(pattern) if isinstance(pattern, NM) else "unstructured" for pattern in patterns) or "-"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _as_matrix(stored: Stored, checkpoint: Checkpoint) -> Tensor | None:
