@@ -180,8 +180,8 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, context: str, continuation: 
     cut = max(0, len(ids) - most)
     if not cut < start < len(ids):
         raise ValueError(
-            f"{continuation[:40]!r} after {bare[-40:]!r} is {len(ids) - start} tokens after {start - cut}: must be one "
-            f"or more after one or more, of the last {most}, which are all that the model can see."
+            f"{continuation[:40]!r} after {bare[-40:]!r} is {len(ids) - start} tokens after {start - cut}: must be "
+            f"one or more after one or more, of the last {most}, which are all that the model can see."
         )
     return Continuation(ids[cut:], start - cut)
 
