@@ -172,7 +172,8 @@ def convert(
             "names none in a sparsity_config."
         )
     for key in ("quantization_config", "compression_config"):
-        if (checkpoint.content.get(key) or {}).get("config_groups"):
+        stored_as = checkpoint.content.get(key)
+        if isinstance(stored_as, dict) and stored_as.get("config_groups"):
             raise ValueError(
                 f"{str(source)!r} is quantized on top of its sparsity ({key} has config_groups), which is not read."
             )
@@ -188,10 +189,10 @@ def convert(
             layer = LayerReport(name.removesuffix(".weight"), list(weight.shape), sparsity=_sparsity(weight))
             if pattern is not None:
                 layer.pattern = str(pattern)
-            elif dense:
-                layer.skipped = "as asked for"
             elif not compressed:
                 layer.skipped = "it was dense"
+            elif dense:
+                layer.skipped = "as asked for"
             elif linear is None:
                 layer.skipped = "not a linear of a decoder block"
             else:
@@ -204,7 +205,7 @@ def convert(
         _write(directory, parts(), checkpoint.model)
         if not any(layer.skipped != "it was dense" for layer in report.layers):
             raise ValueError(
-                f"{str(source)!r} has no tensor that is called .compressed, which {checkpoint.legacy} has."
+                f"{str(source)!r} has no tensor whose name ends in .compressed, which {checkpoint.legacy} has."
             )
         if not dense and not any(patterns.values()):
             raise ValueError(

@@ -180,7 +180,7 @@ def change(key, new):
     ("damage", "error", "message"),
     [
         (no_config, FileNotFoundError, "no folder with a config.json.*hf download"),
-        (rename_all, ValueError, "no tensor that is called .compressed"),
+        (rename_all, ValueError, "no tensor whose name ends in .compressed"),
         (quantized, ValueError, "quantized on top of its sparsity"),
         (change("compressed", lambda t: t.to(torch.float8_e4m3fn)), ValueError, r"up_proj: .*float8.*quantized"),
         (change("compressed", lambda t: None), ValueError, r"up_proj: .*missing \['compressed'\]"),
@@ -193,8 +193,9 @@ def change(key, new):
 def test_refused_and_nothing_left(damage, error, message, tmp_path):
     write_legacy(tmp_path / "a", "sparse-24-bitmask")
     damage(tmp_path / "a")
-    with pytest.raises(error, match=message):
-        convert(tmp_path / "a", tmp_path / "out")
+    for dense in (False, True):
+        with pytest.raises(error, match=message):
+            convert(tmp_path / "a", tmp_path / "out", dense)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
