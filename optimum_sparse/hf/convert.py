@@ -119,6 +119,7 @@ class Checkpoint:
             group, key = self._group(name)
             groups.setdefault(group, {})[key] = name
         known = names_in_model(self.model, get_model_conversion_mapping(self.model), groups)
+        shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         linears = self.plan.linears
         pruned = {} if self.recipe is None else make_plan(self.model, self.recipe, strict=False).linears
         with contextlib.ExitStack() as stack:
@@ -129,6 +130,9 @@ class Checkpoint:
                 tensors = {key: opened[places[name]].get_tensor(name) for key, name in names.items()}
                 try:
                     tensor = self._decode(tensors, ours)
+                    wanted = shapes.get(known.get(group, ""), tensor.shape)
+                    if "compressed" in tensors and tensor.shape != wanted:
+                        raise ValueError(f"shape is {list(tensor.shape)}, the model's weight has {list(wanted)}.")
                 except ValueError as error:
                     raise ValueError(f"{group.removesuffix('.weight')}: {error}") from error
                 if linear is not None and linear.transposed and ours is None:
