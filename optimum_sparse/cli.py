@@ -1,4 +1,4 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, bench."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, convert, bench."""
 
 import argparse
 import json
@@ -15,25 +15,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
-from .evaluation import Perplexity, measure_speed, perplexity
+from .evaluation import Perplexity, TaskScore, measure_speed, perplexity, score_tasks
 from .hf.checkpoint import REPORT_FILE, export_dense, inspect, read_report, write_report
+from .hf.convert import convert, export_csr, survey
 from .hf.hub import check_access, push, write_card
 from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
-from .report import Measurement
-
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+from .report import Measurement, aligned
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
-    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,bench}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,convert,bench}", required=True)
     _add_prune(commands)
     _add_eval(commands)
     _add_info(commands)
     _add_export(commands)
+    _add_convert(commands)
     _add_bench(commands)
 
 
@@ -192,14 +191,25 @@ def _add_eval(commands: Any) -> None:
     parser = _command(
         commands,
         "eval",
-        "Measure the perplexity of a model, dense or sparse.",
-        "model-2of4 --dataset wikitext2",
+        "Measure a model, dense or sparse: perplexity on a text, accuracy at zero-shot tasks.",
+        "model-2of4 --tasks lambada_openai piqa --dense org/model",
     )
     parser.add_argument("model", help="id on the hub, or a folder")
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2 (hub), another hub name, or a local file")
+    parser.add_argument(
+        "--dataset",
+        help="text for the perplexity: wikitext2 (hub), another hub name, or a local file [wikitext2, if there are no "
+        "--tasks]",
+    )
     parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
     parser.add_argument("--max-windows", type=int, help="only the first ones")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows per forward pass [1]")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="local .jsonl files, folders of them, or names that lm-eval knows; see optimum_sparse.evaluation.tasks",
+    )
+    parser.add_argument("--max-items", type=int, help="of each task, only the first ones")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows, or items, per forward pass [1]")
     parser.add_argument("--run-compressed", action="store_true", help="keep the weights compressed in memory")
     parser.add_argument("--dense", metavar="MODEL", help="also measure this one, the model before pruning")
     parser.add_argument("--save", action="store_true", help="put the result into the folder's report and model card")
@@ -213,64 +223,98 @@ def _eval(args: argparse.Namespace) -> None:
     if args.save and report is None:
         raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
     compressed = {"run_compressed": True} if args.run_compressed else {}
-    model, result = _measure(args, args.model, **compressed)
-    dense = _measure(args, args.dense)[1] if args.dense else None
+    model, found = _measure(args, args.model, **compressed)
+    dense = _measure(args, args.dense)[1] if args.dense else {}
     if args.save and report is not None:
-        note = f"{result.windows} windows of {result.window} tokens"
-        values = (result.perplexity, None if math.isnan(result.standard_error) else result.standard_error)
-        data = Path(args.dataset).name if Path(args.dataset).is_file() else args.dataset
-        found = Measurement("perplexity", data, *values, None if dense is None else dense.perplexity, note)
-        report.measured(found)
+        for name, result in found.items():
+            report.measured(_measurement(args, result, dense.get(name)))
         write_report(args.model, report)
         write_card(args.model, model, report)
     if args.json:
-        print(json.dumps(result.to_dict() | ({} if dense is None else {"dense": dense.to_dict()})))
+        print(json.dumps(_as_json(found) | ({"dense": _as_json(dense)} if dense else {})))
         return
-    print(f"perplexity {result}, {result.seconds:.1f} s")
-    if dense is not None:
-        print(f"dense {dense}, {dense.seconds:.1f} s")
+    rows = [("", args.model, *([args.dense] if dense else []))]
+    rows += [(name, *(str(results[name]) for results in (found, dense) if results)) for name in found]
+    print("\n".join(aligned(rows)))
 
 
-def _measure(args: argparse.Namespace, source: str, **loading: Any) -> tuple[PreTrainedModel, Perplexity]:
+def _measure(
+    args: argparse.Namespace, source: str, **loading: Any
+) -> tuple[PreTrainedModel, dict[str, Perplexity | TaskScore]]:
+    """What is asked for, of one model."""
     model = AutoModelForCausalLM.from_pretrained(source, **_loading(args), **loading)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-    sizes = {"window": args.window, "max_windows": args.max_windows, "batch_size": args.batch_size}
-    return model, perplexity(model, tokenizer, args.dataset, **sizes)
+    found: dict[str, Perplexity | TaskScore] = {}
+    if args.dataset or not args.tasks:
+        sizes = {"window": args.window, "max_windows": args.max_windows, "batch_size": args.batch_size}
+        found["perplexity"] = perplexity(model, tokenizer, args.dataset or "wikitext2", **sizes)
+    if args.tasks:
+        scores = score_tasks(model, tokenizer, args.tasks, max_items=args.max_items, batch_size=args.batch_size)
+        found |= {score.task: score for score in scores}
+    return model, found
+
+
+def _as_json(found: dict[str, Perplexity | TaskScore]) -> dict[str, Any]:
+    """The perplexity's fields, and those of every task under its name in "tasks"."""
+    tasks = {name: result.to_dict() for name, result in found.items() if isinstance(result, TaskScore)}
+    both = found["perplexity"].to_dict() if "perplexity" in found else {}
+    return both | ({"tasks": tasks} if tasks else {})
+
+
+def _measurement(
+    args: argparse.Namespace, result: Perplexity | TaskScore, dense: Perplexity | TaskScore | None
+) -> Measurement:
+    """As reports keep it."""
+    error = None if math.isnan(result.standard_error) else result.standard_error
+    if isinstance(result, TaskScore):
+        before = dense.accuracy if isinstance(dense, TaskScore) else None
+        return Measurement(result.metric, result.task, result.accuracy, error, before, f"{result.items} items")
+    data = args.dataset or "wikitext2"
+    note = f"{result.windows} windows of {result.window} tokens"
+    before = dense.perplexity if isinstance(dense, Perplexity) else None
+    return Measurement(
+        "perplexity", Path(data).name if Path(data).is_file() else data, result.perplexity, error, before, note
+    )
 
 
 def _add_info(commands: Any) -> None:
     parser = _command(
         commands,
         "info",
-        "Say what a sparse checkpoint on disk holds, from its headers alone, and check every shape.",
+        "Read a checkpoint on disk, sparse or dense: zeros and exact patterns of every matrix, what it takes in other "
+        "formats, and which kernel would run here. A sparse one is checked on the way.",
         "model-2of4",
     )
     parser.add_argument("model", help="a folder")
-    parser.add_argument("--layers", action="store_true", help="also list every compressed matrix")
+    parser.add_argument("--layers", action="store_true", help="a line for every matrix")
     _add_trust(parser)
     parser.set_defaults(run_sparse=_info)
 
 
 def _info(args: argparse.Namespace) -> None:
-    info = inspect(args.model, trust_remote_code=args.trust_remote_code)
+    loading = {"trust_remote_code": args.trust_remote_code}
+    found = survey(args.model, **loading)
+    if found.source.recipe is not None:
+        print(inspect(args.model, **loading), end="\n\n")
+    elif found.source.legacy is not None:
+        print(f"{found.source.legacy}, which has to be converted: optimum-cli sparse convert", end="\n\n")
     if args.layers:
-        for name, (pattern, shape, stored, dense) in info.matrices.items():
-            print(f"{name}  {shape[0]}x{shape[1]}  {pattern}  {stored:,} of {dense:,} bytes ({stored / dense:.4f})")
-    print(info)
+        print(found.per_matrix(), end="\n\n")
+    print(found)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for dtype in sorted(info.dtypes & DTYPES.keys()):
-        print(f"run_compressed=True here ({device}, {dtype}):")
+    smaller = [matrix for matrix in found.matrices if matrix.nbytes["bitmask"] < matrix.nbytes["dense"]]
+    for dtype in sorted({matrix.dtype for matrix in smaller}, key=str):
+        print(f"\ncompressed in memory, as by run_compressed=True, here ({device}, {dtype}):")
         for tokens in (1, 8, 64, 512):
-            layers: Counter[Choice] = Counter()
-            for pattern, shape, _, _ in info.matrices.values():
-                name, *sparsity = pattern.split()
-                layers[
-                    select(
-                        device, DTYPES[dtype], parse_pattern(name, *map(float, sparsity)), (shape[0], shape[1]), tokens
-                    )
-                ] += 1
+            layers: Counter[Choice] = Counter(
+                select(device, dtype, matrix.stored, matrix.shape, tokens)
+                for matrix in smaller
+                if matrix.dtype == dtype
+            )
             for choice, count in layers.items():
                 print(f"  {tokens} tokens, {count} layers: {choice.backend}, {choice.reason}")
+    if len(smaller) < len(found.matrices):
+        print(f"\n{len(found.matrices) - len(smaller)} matrices have too few zeros to be smaller than dense")
 
 
 def _add_export(commands: Any) -> None:
@@ -278,14 +322,43 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         "Write a sparse checkpoint as an ordinary dense one, zeros in place, that loads anywhere (vLLM, plain "
-        "transformers) without this package.",
+        "transformers) without this package; or its matrices as torch.sparse_csr has them, for other software.",
         "model-2of4 --output model-dense",
     )
-    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("model", help="id on the hub, or a folder; a folder for csr")
     parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--format", default="dense", choices=["dense", "csr"], help="[dense]")
+    _add_trust(parser)
+    parser.set_defaults(run_sparse=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.format == "dense":
+        return export_dense(args.model, args.output, trust_remote_code=args.trust_remote_code)
+    sizes = export_csr(args.model, args.output, trust_remote_code=args.trust_remote_code).nbytes
+    print(
+        f"sparse matrices as CSR {sizes['csr'] / 1e6:,.1f} MB: {sizes['csr'] / sizes['dense']:.2f} of dense, "
+        f"{sizes['csr'] / sizes['bitmask']:.2f} of bitmask, which they were read from"
+    )
+    return None
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "Read a checkpoint that compressed-tensors wrote as sparse-24-bitmask or sparse-bitmask, which its current "
+        "releases and transformers do not, and write it in this package's format, or dense. Weights stay as they are.",
+        "model-of-2024 --output model-2of4",
+    )
+    parser.add_argument("model", help="a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--dense", action="store_true", help="an ordinary checkpoint, zeros in place")
     _add_trust(parser)
     parser.set_defaults(
-        run_sparse=lambda args: export_dense(args.model, args.output, trust_remote_code=args.trust_remote_code)
+        run_sparse=lambda args: print(
+            convert(args.model, args.output, args.dense, trust_remote_code=args.trust_remote_code)
+        )
     )
 
 

@@ -2,8 +2,15 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose columns are as wide as their longest cells."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 @dataclass
@@ -154,10 +161,7 @@ class PruningReport:
             )
         if not seconds:
             rows = [row[:-1] for row in rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        lines = aligned(rows)
         reasons: dict[str, list[str]] = {}
         for layer in self.skipped:
             reasons.setdefault(f"left dense, {layer.skipped}", []).append(layer.name)

@@ -49,3 +49,30 @@ def load_example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def legacy_tensors(weight: Tensor, format: str, shape_as_column: bool = False) -> dict[str, Tensor]:
+    """What compressed-tensors wrote for a matrix [out, in] (or a vector), by plain loops over its weights."""
+    rows = weight.tolist() if weight.dim() == 2 else [weight.tolist()]
+    values, masks, offsets = [], [], []
+    for row in rows:
+        offsets.append(len(values))
+        kept = [column for column, value in enumerate(row) if value != 0]
+        if format == "sparse-24-bitmask":
+            kept = []
+            for start in range(0, len(row), 4):
+                order = sorted(range(start, start + 4), key=lambda column: -abs(row[column]))
+                kept += sorted(order[:2])
+        values += [row[column] for column in kept]
+        masks.append([sum(1 << c % 8 for c in kept if c // 8 == byte) for byte in range(-(-len(row) // 8))])
+    compressed = torch.tensor(values, dtype=torch.float64).to(weight.dtype)
+    tensors = {
+        "compressed": compressed.view(len(rows), -1) if format == "sparse-24-bitmask" else compressed,
+        "bitmask": torch.tensor(masks, dtype=torch.uint8),
+        "shape": torch.tensor(list(weight.shape)),
+    }
+    if shape_as_column:
+        tensors["shape"] = tensors["shape"].view(-1, 1)
+    if format == "sparse-bitmask":
+        tensors["row_offsets"] = torch.tensor(offsets)
+    return tensors

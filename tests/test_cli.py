@@ -1,6 +1,7 @@
 """The command line as a user runs it, on a tiny model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -106,14 +107,29 @@ def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp
     assert row in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path, capsys):
+    rows = [{"context": f"w{i} w{i + 1}", "continuation": f"w{i + 2}"} for i in range(3, 9)]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["eval", str(pruned), "--dense", str(tiny_llama), "--tasks", str(tmp_path), "--max-items", "5"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == [str(pruned), str(tiny_llama)]
+    assert re.fullmatch(r"words +\d\.\d{3} \+- \d\.\d{3} +\d\.\d{3} \+- \d\.\d{3}", printed[1])
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["tasks"]["words"]["items"] == found["dense"]["tasks"]["words"]["items"] == 5
+
+
 def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     assert main(["info", str(pruned), "--layers"]) == 0
     printed = capsys.readouterr().out
-    assert "model.layers.0.mlp.down_proj" in printed
+    assert re.search(r"model.layers.0.mlp.down_proj +32x64 +0.5000 +2:4 4:8 8:16 16:32 +8,192 ", printed)
+    assert re.search(r"model.layers.\*.mlp.down_proj +2 +32x64 +0.5000 +2:4", printed)
+    assert re.search(r"\nbitmask +\S+ +0.5312\n", printed)  # fp32: half, and a bit per weight
     contents = [file.read_bytes() for file in pruned.glob("*.safetensors")]
     payload = sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in contents)
     assert f"in all {payload / 1e6:,.1f} MB" in printed
-    assert "run_compressed=True here (c" in printed
+    assert "run_compressed=True, here (c" in printed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert select(device, torch.float32, NM(2, 4), (64, 64), 64).reason in printed
 
@@ -121,6 +137,22 @@ def test_info_counts_the_bytes_of_the_file(pruned, capsys):
 def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
     assert main(["export", str(pruned), "--output", str(tmp_path / "dense")]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_csr_export_says_that_it_is_larger_than_dense(tiny_llama, text, tmp_path, capsys):
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", "--dtype", "bfloat16")) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "out"), "--output", str(tmp_path / "csr"), "--format", "csr"]) == 0
+    # a block has 9,216 weights in 256 rows of 7 matrices: 6 * 4,608 + 4 * 263 bytes, 18,432 dense, 10,368 as bitmask
+    assert "1.56 of dense, 2.77 of bitmask" in capsys.readouterr().out
+
+
+def test_info_of_a_dense_checkpoint(pruned, tmp_path, capsys):
+    assert main(["export", str(pruned), "--output", str(tmp_path / "dense")]) == 0
+    assert main(["info", str(tmp_path / "dense")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"model.layers.\*.mlp.down_proj +2 +32x64 +0.5000 +2:4 4:8 8:16 16:32\n", printed)
+    assert "64 tokens, 14 layers: " in printed
 
 
 @pytest.mark.parametrize(
@@ -140,8 +172,12 @@ def test_export_is_an_ordinary_checkpoint(pruned, tmp_path):
         (["prune", "MODEL", "--output", "OUT", "--method", "wanda", "--set", "fisher=true"], "second-order method"),
         (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
         (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),
-        (["info", "MODEL"], "not a sparse checkpoint"),
         (["eval", "MODEL", "--save"], "must be the folder of a sparse checkpoint"),
+        (["eval", "MODEL", "--tasks", "no_such.jsonl"], "no such file: 'no_such.jsonl'"),
+        (["eval", "MODEL", "--tasks", "no_such_task"], "are no local .jsonl or .jsonl.gz files, so lm-eval"),
+        (["info", "OUT"], "no folder with a config.json"),
+        (["convert", "MODEL", "--output", "OUT"], "in none of the formats that are converted"),
+        (["export", "MODEL", "--output", "OUT", "--format", "csr"], "not a sparse checkpoint"),
         (["export", "MODEL", "--output", "OUT"], "not a sparse checkpoint"),
     ],
 )
@@ -161,7 +197,7 @@ def test_module_and_optimum_cli_offer_the_same_commands():
         [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"],
     ):
         printed = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
-        assert all(name in printed for name in ("prune", "eval", "info", "export", "bench")), printed
+        assert all(name in printed for name in ("prune", "eval", "info", "export", "convert", "bench")), printed
 
 
 def test_an_interrupted_run_goes_on(tiny_llama, text, tmp_path, monkeypatch, caplog):

@@ -58,6 +58,9 @@ class NM:
 
 Pattern = Unstructured | NM
 
+# Those that are looked for in matrices of unknown origin, sparsest first.
+KNOWN = (NM(1, 4), NM(1, 2), NM(2, 4), NM(4, 8), NM(8, 16), NM(16, 32))
+
 
 def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     """`"2:4"` -> NM(2, 4); `"unstructured"` with a sparsity -> Unstructured(sparsity)."""
@@ -139,3 +142,24 @@ def violation(weight: Tensor, pattern: Pattern) -> str | None:
         return None if most <= pattern.kept else f"a group of {pattern.group} weights has {most} non-zeros"
     count, kept = int(nonzero.count_nonzero()), pattern.kept(weight.numel())
     return None if count <= kept else f"{count} of its {weight.numel()} weights are not zero, {kept} may be"
+
+
+def patterns_of(weight: Tensor) -> list[NM]:
+    """Those of `KNOWN` that a matrix [out, in] follows."""
+    share = int(weight.count_nonzero()) / weight.numel()
+    found: list[NM] = []
+    for pattern in KNOWN:
+        if weight.shape[1] % pattern.group or share > pattern.kept / pattern.group:
+            continue
+        implied = any(
+            pattern.group % f.group == 0 and pattern.group // f.group * f.kept <= pattern.kept for f in found
+        )
+        # Most matrices that do not follow it show that in the first row.
+        if implied or (violation(weight[:1], pattern) is None and violation(weight, pattern) is None):
+            found.append(pattern)
+    return found
+
+
+def exactly(weight: Tensor) -> Unstructured:
+    """The unstructured sparsity of a matrix [out, in] with no room for more non-zeros than it has (or one)."""
+    return Unstructured(min(1 - int(weight.count_nonzero()) / weight.numel(), 1 - 1 / weight.numel()))

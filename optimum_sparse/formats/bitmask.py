@@ -16,6 +16,8 @@ fails on the shape; under any other name it would go on with random numbers. Eac
 its own here (`nn.experts` says under which names).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,12 @@ def layout(shape: tuple[int, int], pattern: Pattern) -> dict[str, tuple[tuple[in
         pattern.check_width(in_features)
         tensors["weight"] = ((out_features, in_features // pattern.group * pattern.kept), None)
     return tensors
+
+
+def nbytes(shape: tuple[int, int], pattern: Pattern, itemsize: int) -> int:
+    """What a matrix (out, in) takes on disk, its values having `itemsize` bytes."""
+    tensors = layout(shape, pattern).values()
+    return sum(math.prod(size) * (itemsize if dtype is None else dtype.itemsize) for size, dtype in tensors)
 
 
 def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What is read from and written to files: reports beside checkpoints, what a checkpoint holds, dense export.
 
-Only this module, `hub`, `journal` and `streaming` do file input and output.
+Only this module, `convert`, `hub`, `journal` and `streaming` do file input and output.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from ..config import QUANT_METHOD, SparsityConfig
-from ..formats import bitmask
+from ..formats import bitmask, legacy
 from ..report import PruningReport
 from .blocks import Plan, make_plan, module_names
 
@@ -146,6 +146,16 @@ def read_config(source: str, **loading: Any) -> tuple[PreTrainedConfig, Sparsity
     return config, SparsityConfig.from_dict(stored)
 
 
+def legacy_format(content: dict[str, Any]) -> str | None:
+    """Which of `formats.legacy` a checkpoint with this config.json is stored in; None: none of them."""
+    for place in (content.get("quantization_config"), content.get("compression_config"), content):
+        sparsity = place.get("sparsity_config") if isinstance(place, dict) else None
+        name = sparsity.get("format") if isinstance(sparsity, dict) else None
+        if isinstance(name, str) and name in legacy.TENSORS:
+            return name
+    return None
+
+
 def copy_tokenizer(source: str, directory: str | os.PathLike, **loading: Any) -> None:
     """Save the tokenizer of `source` beside a checkpoint, if it has one."""
     with contextlib.suppress(OSError, ValueError):
@@ -159,13 +169,11 @@ class CheckpointInfo:
     Attributes:
         matrices: {module: (pattern, [out, in], bytes on disk, bytes if it were dense)} of the compressed ones.
         other_bytes: everything else: embeddings, norms, dense layers.
-        dtypes: of the compressed ones, as safetensors calls them ("BF16").
     """
 
     config: SparsityConfig
     matrices: dict[str, tuple[str, list[int], int, int]]
     other_bytes: int
-    dtypes: set[str]
 
     def __str__(self) -> str:
         lines = [f"method {self.config.method}, pattern {self.config.pattern}, format {self.config.format}"]
@@ -194,7 +202,7 @@ def inspect(source: str, **loading: Any) -> CheckpointInfo:
     config, sparsity = read_config(source, **loading)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **loading)
-    headers = read_headers(_safetensors(Path(source)))
+    headers = read_headers(weight_files(Path(source)))
     plan = make_plan(model, sparsity, strict=False)
     stored = stored_matrices(model, get_model_conversion_mapping(model), headers)
     check_stored(stored, plan)
@@ -205,7 +213,7 @@ def inspect(source: str, **loading: Any) -> CheckpointInfo:
         on_disk = sum(header.bytes for header in stored[name].values())
         matrices[name] = (str(linear.pattern), list(linear.shape), on_disk, dense)
     other = sum(header.bytes for header in headers.values()) - sum(matrix[2] for matrix in matrices.values())
-    return CheckpointInfo(sparsity, matrices, other, {stored[name]["weight"].dtype for name in matrices})
+    return CheckpointInfo(sparsity, matrices, other)
 
 
 class Header(NamedTuple):
@@ -216,7 +224,24 @@ class Header(NamedTuple):
     bytes: int
 
 
-def _safetensors(directory: Path) -> list[Path]:
+def name_shards(directory: Path, shards: list[str], model: PreTrainedModel) -> None:
+    """Give the complete files of a checkpoint the names, and the index, that transformers reads. Can be repeated after
+    an interruption."""
+    weights: dict[str, str] = {}
+    size = 0
+    for number, shard in enumerate(shards, 1):
+        path = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if (directory / shard).exists():  # a run may have ended in this loop, or after it
+            os.replace(directory / shard, path)
+        headers = read_headers([path])
+        weights |= dict.fromkeys(headers, path.name)
+        size += sum(header.bytes for header in headers.values())
+    index = {"metadata": {"total_parameters": model.num_parameters(), "total_size": size}, "weight_map": weights}
+    with atomically(directory / "model.safetensors.index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weight_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{str(directory)!r} holds no .safetensors files.")
@@ -248,17 +273,30 @@ def stored_matrices(
     Args:
         conversions: transformers' conversions for this model and load; only renamings concern pruned weights.
     """
+    weights = {}
+    for name in headers:
+        owner, _, key = name.rpartition(".")
+        if key in bitmask.SUFFIXES:
+            weights[name] = f"{owner}.weight"
+    known = names_in_model(model, conversions, weights.values())
+    stored: dict[str, dict[str, Header]] = {}
+    for name, weight in weights.items():
+        if weight in known:
+            stored.setdefault(known[weight].removesuffix(".weight"), {})[name.rpartition(".")[2]] = headers[name]
+    return stored
+
+
+def names_in_model(model: PreTrainedModel, conversions: Iterable[Any], weights: Iterable[str]) -> dict[str, str]:
+    """{name on disk: name in `model`} of those weights that it has, matrices of fused experts included."""
     renamings = [copy.deepcopy(c) for c in conversions if isinstance(c, WeightRenaming)]  # they note their use
     modules = dict(model.named_modules())
     names = model.state_dict() | {f"{name}.weight": name for name in module_names(model) if name not in modules}
-    stored: dict[str, dict[str, Header]] = {}
-    for name in sorted(headers, key=dot_natural_key):  # in transformers' order: some renamings depend on it
-        owner, _, key = name.rpartition(".")
-        weight = f"{owner}.weight" if key in bitmask.SUFFIXES else name
+    known = {}
+    for weight in sorted(set(weights), key=dot_natural_key):  # in transformers' order: some renamings depend on it
         renamed, _ = rename_source_key(weight, renamings, [], model.base_model_prefix, names)
-        if key in bitmask.SUFFIXES and renamed in names:
-            stored.setdefault(renamed.removesuffix(".weight"), {})[key] = headers[name]
-    return stored
+        if renamed in names:
+            known[weight] = renamed
+    return known
 
 
 def check_stored(stored: dict[str, dict[str, Header]], plan: Plan) -> None:

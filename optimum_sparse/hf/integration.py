@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
 from ..config import QUANT_METHOD, SparsityConfig
-from .checkpoint import write_report
+from .checkpoint import legacy_format, write_report
 from .hub import push, push_model, write_card
 from .quantizer import SparsityQuantizer
 
@@ -69,9 +69,14 @@ def _taking_sparsity(original: Callable) -> Callable:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.pop("sparsity_config", None)
         run_compressed = kwargs.pop("run_compressed", None)
+        content = _stored_config(args, kwargs)
+        _refuse_legacy(content)
         if config is None and run_compressed is None:
             return original(cls, *args, **kwargs)
-        config = _checked(config, run_compressed, _stored_config(args, kwargs), kwargs.get("quantization_config"))
+        stored = content.get("quantization_config")
+        stored = stored.to_dict() if isinstance(stored, SparsityConfig) else stored
+        stored = stored if isinstance(stored, dict) else None
+        config = _checked(config, run_compressed, stored, kwargs.get("quantization_config"))
         if config is None:
             return original(cls, *args, **kwargs)
         with warnings.catch_warnings():
@@ -128,23 +133,29 @@ HUB_ARGUMENTS = (
 )
 
 
-def _stored_config(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantization_config in the config.json of the checkpoint that is being loaded, if it has one."""
+def _stored_config(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the checkpoint that is being loaded; empty if there is none that can be read."""
     config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if source is None:
-            return None
-        chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        try:
-            content, _ = PreTrainedConfig.get_config_dict(source, **chosen)
-        except (OSError, ValueError):  # the load itself will say what is wrong
-            return None
-    else:
-        content = config.to_dict()
-    stored = content.get("quantization_config")
-    stored = stored.to_dict() if isinstance(stored, SparsityConfig) else stored
-    return stored if isinstance(stored, dict) else None
+    if isinstance(config, PreTrainedConfig):
+        return config.to_dict()
+    source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    if source is None:
+        return {}
+    chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    try:
+        return PreTrainedConfig.get_config_dict(source, **chosen)[0]
+    except (OSError, ValueError):  # the load itself will say what is wrong
+        return {}
+
+
+def _refuse_legacy(content: dict[str, Any]) -> None:
+    """transformers would go on with random numbers for every compressed weight."""
+    name = legacy_format(content)
+    if name is not None:
+        raise ValueError(
+            f"this checkpoint is stored as {name!r} of compressed-tensors, which its current releases do not read. "
+            "Convert it once: optimum-cli sparse convert FOLDER --output OUT (--dense for an ordinary checkpoint)."
+        )
 
 
 def _is_sparse(model: PreTrainedModel) -> bool:

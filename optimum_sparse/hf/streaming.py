@@ -27,7 +27,7 @@ from ..config import SparsityConfig
 from ..pipeline import Block
 from ..version import __version__
 from .blocks import find_blocks
-from .checkpoint import atomically, read_headers, sync, write_report, writing
+from .checkpoint import name_shards, read_headers, sync, write_report, writing
 from .hub import write_card
 from .integration import HUB_ARGUMENTS
 from .journal import Journal
@@ -150,18 +150,7 @@ def _prune(
     shards = [*journal.shards, *_save_part(model, journal, "rest", max_shard_size)]
     if tokenizer is not None:
         tokenizer.save_pretrained(journal.checkpoint)
-    weights: dict[str, str] = {}
-    size = 0
-    for number, shard in enumerate(shards, 1):
-        path = journal.checkpoint / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if (journal.checkpoint / shard).exists():  # a run may have ended in this loop, or after it
-            os.replace(journal.checkpoint / shard, path)
-        headers = read_headers([path])
-        weights |= dict.fromkeys(headers, path.name)
-        size += sum(header.bytes for header in headers.values())
-    index = {"metadata": {"total_parameters": model.num_parameters(), "total_size": size}, "weight_map": weights}
-    with atomically(journal.checkpoint / "model.safetensors.index.json") as temporary:
-        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    name_shards(journal.checkpoint, shards, model)
     write_report(journal.checkpoint, report)
     write_card(journal.checkpoint, model, report)
 

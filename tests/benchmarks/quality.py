@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import optimum_sparse
 from optimum_sparse import Pruner, SparsityConfig
-from optimum_sparse.evaluation import perplexity
+from optimum_sparse.evaluation import perplexity, score_tasks
 from optimum_sparse.kernels.precision import fast_forward
 
 
@@ -63,7 +63,6 @@ def main() -> None:
     data = [text for number, text in enumerate(documents) if number % 4]
     if args.calibration:
         data = load_file(args.calibration)["input_ids"]
-    words = _rows(args.lambada)
 
     def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=args.device)
@@ -75,8 +74,9 @@ def main() -> None:
             }
             if held_out:
                 found["c4"] = perplexity(model, tokenizer, held_out, max_windows=args.windows, batch_size=4).perplexity
-            if words:
-                found["lambada"] = lambada(model, tokenizer, words[: args.lambada_items])
+            if args.lambada:
+                words = score_tasks(model, tokenizer, [args.lambada], max_items=args.lambada_items, batch_size=64)
+                found["lambada"] = words[0].accuracy
         return found
 
     on = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
@@ -128,28 +128,6 @@ def _rows(path: str | None) -> list[dict[str, str]]:
 
 def _cell(found: dict[str, float], name: str, digits: int) -> str:
     return f"{found[name]:.{digits}f}" if name in found else ""
-
-
-@torch.no_grad()
-def lambada(model: PreTrainedModel, tokenizer: object, items: list[dict[str, str]], batch_size: int = 64) -> float:
-    """Share of items whose continuation is what the model would write, token by token."""
-    encoded = []
-    for item in items:
-        context = tokenizer(item["context"])["input_ids"]
-        encoded.append((context, tokenizer(" " + item["continuation"], add_special_tokens=False)["input_ids"]))
-    encoded.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    right = 0
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        width = max(len(context) + len(word) for context, word in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # padded on the right: causal, so it does not matter
-        for row, (context, word) in enumerate(batch):
-            ids[row, : len(context) + len(word)] = torch.tensor(context + word)
-        choice = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
-        for row, (context, word) in enumerate(batch):
-            place = slice(len(context) - 1, len(context) + len(word) - 1)
-            right += choice[row, place].tolist() == word
-    return right / len(encoded)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,20 @@
 import pytest
 import torch
 from helpers import random_weight
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_sparse.core import NM, Unstructured, keep_mask, keep_top, parse_pattern, violation
+from optimum_sparse.core import (
+    NM,
+    Unstructured,
+    exactly,
+    keep_mask,
+    keep_top,
+    parse_pattern,
+    patterns_of,
+    violation,
+)
+from optimum_sparse.core.patterns import KNOWN
 
 
 NM_PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(3, 5), NM(2, 6), NM(4, 8), NM(16, 32)]
@@ -134,3 +144,33 @@ def test_kept_is_within_half_a_weight_of_the_asked_share(weights: int, sparsity:
     kept = Unstructured(sparsity).kept(weights)
     assert 0 <= kept <= weights
     assert abs((weights - kept) - sparsity * weights) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("pattern", "follows"),
+    [
+        (NM(1, 4), ["1:4", "1:2", "2:4", "4:8", "8:16", "16:32"]),
+        (NM(1, 2), ["1:2", "2:4", "4:8", "8:16", "16:32"]),
+        (NM(4, 8), ["4:8", "8:16", "16:32"]),
+        (NM(3, 4), []),
+        (Unstructured(0.5), []),
+        (Unstructured(0.0), []),
+    ],
+    ids=str,
+)
+def test_which_patterns_a_matrix_follows(pattern, follows):
+    weight = random_weight(8, 64)
+    weight = weight * keep_mask(weight.abs(), pattern)
+    assert [str(found) for found in patterns_of(weight)] == follows
+    assert patterns_of(weight[:, :60]) == [
+        p for p in KNOWN if 60 % p.group == 0 and violation(weight[:, :60], p) is None
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 50), zeros=st.floats(0, 1))
+def test_exactly_leaves_no_room(rows, columns, zeros):
+    weight = torch.ones(rows * columns)
+    weight[: round(zeros * rows * columns)] = 0
+    kept = exactly(weight.view(rows, columns)).kept(rows * columns)
+    assert kept == max(1, int(weight.count_nonzero()))

@@ -146,3 +146,12 @@ def test_nm_refuses_a_width_that_is_no_multiple_of_the_group():
 def test_special_values_survive():
     weight = torch.tensor([[float("inf"), float("-inf"), 0, 0, 1e-45, 0, 0, -3e38]])
     assert torch.equal(bitmask.decode(bitmask.encode(weight, NM(2, 4)), (1, 8), NM(2, 4)), weight)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=matrices())
+def test_size_is_known_from_the_pattern(case: tuple[Tensor, Pattern]):
+    weight, pattern = case
+    tensors = bitmask.encode(weight, pattern)
+    expected = sum(tensor.nbytes for tensor in tensors.values())
+    assert bitmask.nbytes(tuple(weight.shape), pattern, weight.element_size()) == expected
