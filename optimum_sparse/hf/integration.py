@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
+from .. import ranks
 from ..config import QUANT_METHOD, SparsityConfig
 from .checkpoint import write_report
 from .quantizer import SparsityQuantizer
@@ -151,13 +152,12 @@ def _saving_report(original: Callable) -> Callable:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        ours = isinstance(getattr(self, "hf_quantizer", None), SparsityQuantizer)
+        if ours and ranks.rank() > 0:  # all processes have the same model, and the first one writes it
+            return None
         result = original(self, save_directory, is_main_process, *args, **kwargs)
         report = getattr(getattr(self, "hf_quantizer", None), "report", None)
-        if (
-            is_main_process
-            and isinstance(getattr(self, "hf_quantizer", None), SparsityQuantizer)
-            and report is not None
-        ):
+        if is_main_process and ours and report is not None:
             write_report(save_directory, report)
         return result
 
