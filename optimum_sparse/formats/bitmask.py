@@ -114,12 +114,15 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
         if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be {dtype or 'a floating-point type'}.")
     mask, in_features = tensors["weight_mask"], shape[1]
-    keep = unpack_bits(mask, mask.shape[1] * 8)
-    if keep[:, in_features:].any():
+    if in_features % 8 and (mask[:, -1] >> in_features % 8).any():
         raise ValueError(f"weight_mask has bits set beyond column {in_features}: the file is damaged.")
-    keep = keep[:, :in_features]
+    if isinstance(pattern, NM) and 8 % pattern.group == 0 and in_features % 8 == 0:  # each byte that occurs, once
+        occurring = torch.bincount(mask.flatten(), minlength=256).nonzero().to(torch.uint8)
+        keep = unpack_bits(occurring, 8)
+    else:
+        keep = unpack_bits(mask, in_features)
     if isinstance(pattern, NM):
-        counts = keep.reshape(-1, pattern.group).sum(1)
+        counts = keep.reshape(-1, pattern.group).sum(1, dtype=torch.int16)
         if (counts != pattern.kept).any():
             raise ValueError(
                 f"weight_mask keeps between {int(counts.min())} and {int(counts.max())} of {pattern.group} columns, "
@@ -162,8 +165,8 @@ def pack_bits(keep: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """uint8 [out, ceil(columns / 8)] -> bool [out, columns]."""
     if packed.device.type == "cpu":
-        bits = np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool)
+        unpacked = np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[..., None] >> shifts) & 1
     return bits.flatten(1)[:, :columns].bool()
