@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from . import ranks
 from .config import DENSE, SparsityConfig, matches
 from .core import NM, InputStats, Needs, Pattern, Solved, Unstructured, column_sweep, parse_pattern
 from .pipeline import Block, Calls, Objective, Sensitivity, prune_blocks
@@ -70,8 +71,16 @@ class OutlierRatios:
         return Solved(weight, torch.ones_like(weight, dtype=torch.bool))
 
     def end_block(self) -> None:
-        scores = torch.cat(self._scores) if self._scores else torch.zeros(1)
-        self.ratios.append((scores > self._multiple * scores.mean()).float().mean().item())
+        scores = torch.cat(self._scores) if self._scores else torch.zeros(0)
+
+        def total(own: float) -> float:
+            """Over all processes: each has the scores of the linears that it was given to solve."""
+            return sum(ranks.gathered(own))
+
+        count = max(total(len(scores)), 1)
+        mean = torch.tensor(total(scores.sum().item())) / count
+        above = total((scores > self._multiple * mean).float().sum().item())
+        self.ratios.append((torch.tensor(above) / count).item())
         self._scores = []
 
 
@@ -274,7 +283,7 @@ def _by_error(
         scale = {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
         losses = {name: [loss * scale.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
     else:  # a mean over an expert's own tokens is to become one over all, as those are
-        tokens = sum(hidden.shape[:2].numel() for hidden in calls.hidden)
+        tokens = sum(ranks.gathered(sum(hidden.shape[:2].numel() for hidden in calls.hidden)))
         share = {report.name: report.routed / tokens for report in reports if report.routed is not None}
         losses = {name: [loss * share.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
     weights = [sizes[name] for name in losses]

@@ -7,6 +7,7 @@ from typing import Any, cast
 from huggingface_hub import CommitInfo
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from . import ranks
 from .config import SparsityConfig
 from .hf.checkpoint import new_directory, read_report
 from .hf.hub import push, push_model
@@ -71,6 +72,9 @@ class Pruner:
     def prune(self, config: SparsityConfig, *, dataset: Any = None, method: Method | None = None) -> PreTrainedModel:
         """Prune the model in place and return it. `save_pretrained` then writes it compressed.
 
+        With torch.distributed initialized, all processes call this in the same way, share the work, and end with the
+        same model; the first one saves it.
+
         Args:
             dataset: calibration data in place of `config.dataset`; here it may also be a DataLoader.
             method: an object of your own in place of the one that `config.method` names.
@@ -89,8 +93,16 @@ class Pruner:
         one block is in memory, and a run that was interrupted goes on when it is called again in the same way. It is
         loaded as a whole for dataset="self", which runs all of it for every token, and for a `device_map` other than
         "auto" and single devices. The weights are the same, to the bit.
+
+        Raises:
+            ValueError: among others: torch.distributed with several processes.
         """
         _check(config)
+        if ranks.world() > 1:
+            raise ValueError(
+                f"prune_to_disk runs in one process, and there are {ranks.world()}: call prune(config), then "
+                "save_pretrained, in all of them; or start one process."
+            )
         device_map = self._loading.get("device_map")
         one_device = device_map is None or (isinstance(device_map, str) and device_map not in SPREAD)
         if self._model is None and self._source is not None and one_device and config.dataset != "self":

@@ -55,6 +55,25 @@ class InputStats:
         else:
             self._sum += _column_squares(x)
 
+    def reduce(self, total: Callable[..., object], before: int) -> None:
+        """Become the statistics of the tokens of several processes, which all call this.
+
+        Args:
+            total: adds up tensors over the processes, in place.
+            before: how many tokens the processes before this one have seen, for the sample to be of the first.
+        """
+        tokens = torch.tensor(self.tokens, device=self._sum.device)
+        weight = torch.as_tensor(self._weight, dtype=torch.float32, device=self._sum.device).clone()
+        total(self._sum, tokens, weight)
+        if self.needs is not Needs.GRAM:
+            sample = self._sum.new_zeros(SAMPLE_TOKENS, len(self._sum))  # where nothing was seen, 0 adds no error
+            own = torch.cat([sample[:0], *self._sample])[: max(SAMPLE_TOKENS - before, 0)]
+            sample[before : before + len(own)] = own
+            total(sample)
+            self._sample = [sample]
+        self.tokens, self._weight = int(tokens), weight
+        self._cache.clear()
+
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """`compute()`, once for all layers that share this input; forgotten at the next update."""
         if key not in self._cache:
@@ -107,6 +126,11 @@ class CrossStats:
         if token_weight is not None:
             y = _scaled(y, token_weight)
         _add_product(self._sum, y.to(x.dtype).T, x)
+
+    def reduce(self, total: Callable[..., object]) -> None:
+        """As InputStats.reduce."""
+        self._weight = torch.as_tensor(self._weight, dtype=torch.float32, device=self._sum.device).clone()
+        total(self._sum, self._weight)
 
     @property
     def mean(self) -> Tensor:

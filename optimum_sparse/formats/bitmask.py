@@ -17,7 +17,9 @@ its own here (`nn.experts` says under which names).
 """
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from ..core import NM, Pattern, Unstructured, keep_mask, violation
 
 
 SUFFIXES = ("weight_rows", "weight_mask", "weight")
+CHUNK = 2**20  # weights whose values are moved at a time on a CPU: their indices stay in its cache
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
 
 
 def layout(shape: tuple[int, int], pattern: Pattern) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -68,12 +72,19 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     )
     if int(keep.count_nonzero()) < kept:  # else no zero is kept, and nothing has to be chosen
         keep = keep_mask(keep.to(torch.uint8), pattern)
+    mask = pack_bits(keep)
+    if weight.device.type == "cpu":
+        values = weight.new_empty(kept)
+        target, source = _as_numpy(values), _as_numpy(weight)
+        for rows_here, places, here in _kept(mask, weight.shape[1]):
+            np.take(source[rows_here].reshape(-1), places, out=target[here], mode="clip")  # "raise" would copy `out`
+    else:
+        values = weight[keep]
     if isinstance(pattern, NM):
-        values = weight[keep].reshape(len(weight), -1)
-        return {"weight": values, "weight_mask": pack_bits(keep)}
+        return {"weight": values.reshape(len(weight), -1), "weight_mask": mask}
     rows = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
     rows[1:] = keep.sum(1).cumsum(0)
-    return {"weight": weight[keep], "weight_mask": pack_bits(keep), "weight_rows": rows}
+    return {"weight": values, "weight_mask": mask, "weight_rows": rows}
 
 
 def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
@@ -84,8 +95,14 @@ def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern)
 
 def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The dense matrix [out, in] of tensors that are known to be valid."""
-    values = tensors["weight"]
-    keep = unpack_bits(tensors["weight_mask"], shape[1])
+    values, mask = tensors["weight"], tensors["weight_mask"]
+    if values.device.type == "cpu":
+        dense = values.new_zeros(shape)
+        target, source = _as_numpy(dense), _as_numpy(values).reshape(-1)
+        for rows, places, here in _kept(mask, shape[1]):
+            target[rows].reshape(-1)[places] = source[here]
+        return dense
+    keep = unpack_bits(mask, shape[1])
     return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
 
 
@@ -104,12 +121,15 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
         if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
             raise ValueError(f"{name} has dtype {tensor.dtype}, must be {dtype or 'a floating-point type'}.")
     mask, in_features = tensors["weight_mask"], shape[1]
-    keep = unpack_bits(mask, mask.shape[1] * 8)
-    if keep[:, in_features:].any():
+    if in_features % 8 and (mask[:, -1] >> in_features % 8).any():
         raise ValueError(f"weight_mask has bits set beyond column {in_features}: the file is damaged.")
-    keep = keep[:, :in_features]
+    if isinstance(pattern, NM) and 8 % pattern.group == 0 and in_features % 8 == 0:  # each byte that occurs, once
+        occurring = torch.bincount(mask.flatten(), minlength=256).nonzero().to(torch.uint8)
+        keep = unpack_bits(occurring, 8)
+    else:
+        keep = unpack_bits(mask, in_features)
     if isinstance(pattern, NM):
-        counts = keep.reshape(-1, pattern.group).sum(1)
+        counts = keep.reshape(-1, pattern.group).sum(1, dtype=torch.int16)
         if (counts != pattern.kept).any():
             raise ValueError(
                 f"weight_mask keeps between {int(counts.min())} and {int(counts.max())} of {pattern.group} columns, "
@@ -125,8 +145,25 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
         )
 
 
+def _as_numpy(x: Tensor) -> np.ndarray:
+    """The same memory, bits as integers."""
+    return x.detach().view(_INTEGERS[x.element_size()]).numpy()
+
+
+def _kept(mask: Tensor, columns: int) -> Iterator[tuple[slice, np.ndarray, slice]]:
+    """For some rows at a time: these rows, where in them the kept weights are, and where in `weight` their values."""
+    height, first = max(1, CHUNK // max(columns, 1)), 0
+    for begin in range(0, len(mask), height):
+        rows = slice(begin, begin + height)
+        places = np.flatnonzero(unpack_bits(mask[rows], columns).numpy())
+        yield rows, places, slice(first, first + len(places))
+        first += len(places)
+
+
 def pack_bits(keep: Tensor) -> Tensor:
     """bool [out, in] -> uint8 [out, ceil(in / 8)], little-endian bits."""
+    if keep.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
     padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8))
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=keep.device)
     return (padded.reshape(len(keep), -1, 8) * powers).sum(-1, dtype=torch.uint8)
@@ -134,6 +171,9 @@ def pack_bits(keep: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:
     """uint8 [out, ceil(columns / 8)] -> bool [out, columns]."""
+    if packed.device.type == "cpu":
+        unpacked = np.unpackbits(packed.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[..., None] >> shifts) & 1
     return bits.flatten(1)[:, :columns].bool()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from .. import ranks
 from ..config import SparsityConfig, matches
 from ..core import NM
 from ..nn import Experts, SparseLinear, matrix_names
@@ -332,7 +333,7 @@ def record_calls(
         return forward
 
     with replaced_forwards(blocks, recorder):
-        for batch in tqdm(batches, desc="Recording", unit="batch", leave=False):
+        for batch in tqdm(batches, desc="Recording", unit="batch", leave=False, disable=ranks.rank() > 0):
             with contextlib.suppress(_Recorded):
                 model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             mask = batch.get("attention_mask")

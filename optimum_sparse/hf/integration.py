@@ -12,6 +12,7 @@ from typing import Any, cast
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
+from .. import ranks
 from ..config import QUANT_METHOD, SparsityConfig
 from .checkpoint import legacy_format, write_report
 from .hub import push, push_model, write_card
@@ -173,6 +174,8 @@ def _saving_report(original: Callable) -> Callable:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if not _is_sparse(self):
             return original(self, *args, **kwargs)
+        if ranks.rank() > 0:  # all processes have the same model, and the first one writes it
+            return None
         given = signature.bind(self, *args, **kwargs).arguments
         directory = Path(given["save_directory"])
         uploading = given.pop("push_to_hub", False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .. import ranks
 from ..allocation import allocate
 from ..calibration import calibration_batches
 from ..config import DENSE, SparsityConfig, describe_dataset
@@ -30,6 +32,7 @@ from .placement import execution_device
 from .sensitivity import fisher
 
 
+@ranks.together()
 @torch.inference_mode(False)
 def prune_model(
     model: PreTrainedModel,
@@ -43,6 +46,8 @@ def prune_model(
 ) -> tuple[SparsityConfig, PruningReport]:
     """Prune `model` in place.
 
+    Several processes (`ranks`) that all call this with the same arguments share the work, and end with the same model.
+
     Args:
         dataset: in place of config.dataset; may also be a DataLoader.
         method: in place of the one that config.method names.
@@ -52,6 +57,10 @@ def prune_model(
 
     Returns:
         The config as it is to be stored (layers that could not be pruned are "dense" in it), and the report.
+
+    Raises:
+        ValueError: among others: processes with different configs, models or data.
+        OtherProcessFailed: an error in another process.
     """
     _check(model)
     # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
@@ -63,6 +72,9 @@ def prune_model(
     second_order = method is None and config.build_method().needs is Needs.GRAM
     method = method or config.build_method()
     name = type(method).__name__
+    if ranks.world() > 1:
+        recipe = {key: value for key, value in config.to_dict().items() if key != "dataset"}
+        ranks.check_same(config=recipe, data=described, method=name, model=_digest(model))
     if config.refine is not None:
         method = Polished(method, config.damping)
     asked, config = config, config.resolved(second_order=second_order)
@@ -71,6 +83,7 @@ def prune_model(
     if asked.fisher is None and not has_likelihood:
         config.fisher = False
     plan = make_plan(model, config)
+    ranks.check_devices(execution_device(linear.module) for block in plan.blocks for linear in block.linears)
     report = PruningReport(method=name, base_model=_hub_id(model))
     kept = _computed if journal is None else journal.kept
     before = {} if journal is None else journal.seconds
@@ -89,18 +102,25 @@ def prune_model(
         if method.needs > Needs.NOTHING or measures_layers(config):
             with phase("calibration data"):
                 batches = kept("tokens", lambda: _batches(model, config, data, tokenizer))
+                if data == "self":
+                    batches = ranks.gathered(batches)[0]  # not every device samples the same
+                if method.needs is Needs.GRAM:
+                    _check_amount(batches, plan.blocks)
+                if ranks.world() > 1:
+                    ranks.check_same(data=_digest_of(batches))
+                batches, earlier = ranks.share(batches)
                 hidden = None if journal is None else journal.hidden()
                 calls = record_calls(model, [block.module for block in plan.blocks], batches, hidden)
                 calls.record = partial(_arguments, model, plan.blocks, batches)
             _check_calls(calls, asked, config)
-            if method.needs is Needs.GRAM:
-                _check_amount(batches, plan.blocks)
             if config.fisher or ((config.allocation == "error" or config.denser) and has_likelihood):
                 with phase("sensitivity"):
                     saving = contextlib.nullcontext if journal is None else journal.saving
                     found = kept(
                         "sensitivity",
-                        lambda: vars(fisher(model, plan.blocks, batches, config.seed, plan.taken_apart, saving)),
+                        lambda: vars(
+                            fisher(model, plan.blocks, batches, config.seed + earlier, plan.taken_apart, saving)
+                        ),
                     )
                     sensitivity = Sensitivity(**found)
         if config.allocation != "uniform" or config.denser:
@@ -160,6 +180,26 @@ def _hub_id(model: PreTrainedModel) -> str:
 def _computed(name: str, compute: Callable[[], Any]) -> Any:
     """What a journal would keep."""
     return compute()
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """Of names, shapes, dtypes and bits of all parameters that are not offloaded, in any order of summation."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found = [
+        (
+            name,
+            tuple(parameter.shape),
+            str(parameter.dtype),
+            0 if parameter.is_meta else int(parameter.detach().view(bits[parameter.itemsize]).sum(dtype=torch.int64)),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _digest_of(batches: list[dict[str, Tensor]]) -> str:
+    content = [(name, tensor.tolist()) for batch in batches for name, tensor in sorted(batch.items())]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _as_stored(
@@ -259,7 +299,9 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
     written = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in tqdm(range(0, samples, batch_size), desc="Sampling text", unit="batch", leave=False):
+        for start in tqdm(
+            range(0, samples, batch_size), desc="Sampling text", unit="batch", leave=False, disable=ranks.rank() > 0
+        ):
             count = min(batch_size, samples - start)
             first = torch.randint(text.vocab_size, (count, 1), generator=generator)
             if begin is not None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .. import ranks
 from ..kernels.precision import fast_forward
 from ..pipeline import SMALLER, Block, Sensitivity
 from .blocks import replaced_forwards
@@ -41,7 +42,9 @@ def fisher(
     per token for every linear and block.
 
     Args:
-        batches: what the model is called with; `tokens` of the result follows them.
+        batches: what the model is called with; `tokens` of the result follows them. Of several processes each has its
+            own, and `rows` of the result are means over all.
+        seed: of the labels of the first sequence; each further one's is larger by 1.
         onload: context around each forward pass of a block.
         saving: context in which the inputs of a block are saved for the backward pass.
 
@@ -94,7 +97,9 @@ def fisher(
             stack.callback(block.module.register_forward_hook(hook(block.name, False)).remove)
             for linear in block.linears:
                 stack.callback(linear.module.register_forward_hook(hook(linear.name, True)).remove)
-        for number, batch in enumerate(tqdm(batches, desc="Sensitivity", unit="batch", leave=False)):
+        for number, batch in enumerate(
+            tqdm(batches, desc="Sensitivity", unit="batch", leave=False, disable=ranks.rank() > 0)
+        ):
             current = number
             first = 0
             size = min(size, _sequences(model, batch, device))
@@ -123,7 +128,7 @@ def fisher(
                 torch.cuda.empty_cache()
     if not tokens:
         raise ValueError(f"no gradient reached the blocks of {type(model).__name__}: set fisher=False.")
-    total = sum(batch["input_ids"].numel() for batch in batches)
+    total = sum(ranks.gathered(sum(batch["input_ids"].numel() for batch in batches)))
     names = [part.name for block in blocks for part in (block, *block.linears)]
     for name in names:
         if not all(torch.isfinite(part).all() for parts in tokens[name] for part in parts):
@@ -131,6 +136,11 @@ def fisher(
                 f"gradients at {name} leave the range of {model.dtype}: load the model in bfloat16 or float32, or set "
                 "fisher=False."
             )
+    felt = set().union(*ranks.gathered(set(rows)))
+    for linear in (linear for block in blocks for linear in block.linears if linear.name in felt):
+        if linear.name not in rows:  # an expert that only other processes' tokens reached
+            rows[linear.name] = torch.zeros(linear.shape[0], device=execution_device(linear.module))
+        ranks.total(rows[linear.name])
     nothing = torch.zeros(0, device=device)  # for experts that no token reached
     return Sensitivity(
         {name: [torch.cat(parts) if parts else nothing for parts in tokens[name]] for name in names},

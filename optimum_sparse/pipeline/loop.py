@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import ranks
 from ..core import SAMPLE_TOKENS, Needs, NotPositiveDefinite, Solved, violation
 from ..kernels.precision import fast_forward
 from ..methods import Method
@@ -72,6 +73,9 @@ def prune_blocks(
 ) -> list[LayerReport]:
     """Prune all linears of all blocks in place, in order.
 
+    Of several processes (`ranks`) each brings calls of its own for the same blocks, and solves a part of the linears
+    of each stage; all end with the same blocks and reports.
+
     Args:
         blocks: the model's decoder blocks, all of them, in order.
         calls: recorded inputs; None for methods that need none. Used up.
@@ -99,7 +103,9 @@ def prune_blocks(
     dense_hidden = calls.dense_hidden if calls is not None and follow else None
     reports: list[LayerReport] = []
     try:
-        progress = tqdm(blocks[start:], desc=description, unit="block", initial=start, total=len(blocks))
+        progress = tqdm(
+            blocks[start:], desc=description, unit="block", initial=start, total=len(blocks), disable=ranks.rank() > 0
+        )
         for index, block in enumerate(progress, start):
             with onload(block.module):
                 dense = [linear.weight.data for linear in block.linears]
@@ -152,14 +158,26 @@ def _prune_block(
     reports: dict[str, LayerReport] = {}
     keeps: dict[str, Tensor] = {}
 
-    def solve(linear: Linear, evidence: Evidence | None) -> None:
-        reports[linear.name], keep = _prune_linear(linear, evidence, method, objective)
-        if keep is not None:
-            keeps[linear.name] = keep
+    def solve(part: list[tuple[Linear, Evidence | None]]) -> None:
+        linears = [linear for linear, _ in part]
+        owners = ranks.spread([sum(linear.shape) * linear.shape[1] ** 2 for linear in linears])  # a factor, a sweep
+        own: dict[str, tuple[LayerReport, Tensor | None]] = {}
+        for owner in owners:
+            linear, evidence = part.pop(0)  # what was solved is given up
+            if owner == ranks.rank():
+                own[linear.name] = _prune_linear(linear, evidence, method, objective)
+        told = ranks.gathered({name: (report, keep is not None) for name, (report, keep) in own.items()})
+        for linear, owner in zip(linears, owners, strict=True):
+            reports[linear.name], pruned = told[owner][linear.name]
+            if pruned:
+                weight = linear.weight.data
+                keep = own[linear.name][1] if owner == ranks.rank() else None
+                if keep is None:
+                    keep = torch.empty(linear.shape, dtype=torch.bool, device=weight.device)
+                linear.weight.data, keeps[linear.name] = ranks.sent(owner, weight, keep)
 
     if calls is None or method.needs is Needs.NOTHING:
-        for linear in block.linears:
-            solve(linear, None)
+        solve([(linear, None) for linear in block.linears])
     elif block.linears:
         with fast_forward(calls.hidden[0]):
             layout = calls.within_memory(partial(find_layout, block, index))
@@ -175,10 +193,11 @@ def _prune_block(
             for groups in _parts(stage, method.needs):
                 with fast_forward(calls.hidden[0]), dense_weights(block.linears, before):
                     evidence = calls.within_memory(partial(evidence_of, groups))
-                while groups:  # what was solved is given up
-                    found = evidence.pop(0)
-                    for linear in groups.pop(0):
-                        solve(linear, found)
+                part: list[tuple[Linear, Evidence | None]] = [
+                    (linear, found) for group, found in zip(groups, evidence, strict=True) for linear in group
+                ]
+                del evidence
+                solve(part)
     return [reports[linear.name] for linear in block.linears], keeps
 
 

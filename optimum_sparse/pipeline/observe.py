@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import ranks
 from ..core import CrossStats, InputStats, Needs
 from ..kernels.precision import as_multiplied
 from .parts import Block, Calls, Linear, Sensitivity, Tensors, dense_weights
@@ -34,20 +35,21 @@ class Evidence:
         routed: of an expert: how many calibration tokens the router gave it; see `collect`.
     """
 
-    def __init__(self, group: list[Linear], needs: Needs):
+    def __init__(self, group: list[Linear], needs: Needs, shift: bool, residual: frozenset[str]):
+        width, device = group[0].shape[1], group[0].weight.device
         self.routed: int | None = None
-        self.stats = InputStats(group[0].shape[1], needs, group[0].weight.device)
-        self.shift: CrossStats | None = None
-        self.residual: dict[str, CrossStats] = {}
+        self.stats = InputStats(width, needs, device)
+        self.shift = CrossStats(width, width, device) if shift else None
+        self.residual = {
+            linear.name: CrossStats(linear.shape[0], width, device) for linear in group if linear.name in residual
+        }
 
-    def add_shift(self, x: Tensor, change: Tensor, weight: Tensor | None) -> None:
-        self.shift = self.shift or CrossStats(x.shape[1], x.shape[1], x.device)
-        self.shift.update(change, x, weight)
-
-    def add_residual(self, name: str, x: Tensor, change: Tensor, weight: Tensor | None) -> None:
-        if name not in self.residual:
-            self.residual[name] = CrossStats(change.shape[1], x.shape[1], x.device)
-        self.residual[name].update(change, x, weight)
+    def reduce(self) -> None:
+        """Add up what all processes have seen."""
+        if ranks.world() > 1:
+            self.stats.reduce(ranks.total, ranks.before(self.stats.tokens))
+            for cross in [*([] if self.shift is None else [self.shift]), *self.residual.values()]:
+                cross.reduce(ranks.total)
 
 
 @dataclass(frozen=True)
@@ -87,19 +89,25 @@ def _kind(name: str) -> str:
 
 
 def find_layout(block: Block, index: int, calls: Calls) -> Layout:
-    """Run the first batch through the block and look."""
+    """Run the first batch through the block and look; of several processes, the first one's counts."""
     with Watch(block.linears, block.linears) as watch:
         calls.run(block.module, index, 0)
     by_name = {linear.name: linear for linear in block.linears}
     groups: dict[tuple, list[Linear]] = {}
     for name, seen in watch.inputs.items():
         groups.setdefault(tuple((id(x), version) for x, version, _ in seen), []).append(by_name[name])
-    return Layout(
-        [*groups.values(), *([linear] for linear in block.linears if linear.name not in watch.inputs)],
-        frozenset(watch.residuals),
-        frozenset(name for name, seen in watch.inputs.items() if any(x._version != version for x, version, _ in seen)),
-        all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears if linear.expert is None),
-    )
+    missed = [[linear] for linear in block.linears if linear.name not in watch.inputs]
+    names, residual, in_place, once = ranks.gathered(
+        (
+            [[linear.name for linear in group] for group in (*groups.values(), *missed)],
+            frozenset(watch.residuals),
+            frozenset(
+                name for name, seen in watch.inputs.items() if any(x._version != version for x, version, _ in seen)
+            ),
+            all(len(watch.inputs.get(linear.name, ())) == 1 for linear in block.linears if linear.expert is None),
+        )
+    )[0]
+    return Layout([[by_name[name] for name in group] for group in names], residual, in_place, once)
 
 
 def collect(
@@ -122,7 +130,6 @@ def collect(
         dense: the block's dense weights and its inputs on the dense path, for `shift` and `residual`.
         sensitivity: weighs the tokens.
     """
-    evidence = [Evidence(group, needs) for group in groups]
     weights: list[list[Tensor] | None] = [None] * len(groups)
     if sensitivity is not None:
         # What the likelihood feels of a token is known at the block's output also where it came to another expert.
@@ -134,6 +141,8 @@ def collect(
     if dense is None or not residual:
         residual, writers = frozenset(), []
     until = residual if layout.once else None
+    two_paths = dense is not None and layout.once
+    evidence = [Evidence(group, needs, two_paths, residual if two_paths else frozenset()) for group in groups]
 
     def watch(batch: int, hidden: Tensor | None = None) -> Watch:
         with Watch(leaders, writers, in_place=layout.in_place, until=until) as seen:
@@ -143,7 +152,7 @@ def collect(
     for batch in range(len(calls.hidden)):
         pruned = watch(batch)
         other = None
-        if dense is not None and layout.once:
+        if dense is not None and two_paths:
             with dense_weights(block.linears, dense[0]):
                 other = watch(batch, dense[1][batch])
         for group, found, weight in zip(groups, evidence, weights, strict=True):
@@ -155,13 +164,15 @@ def collect(
             if other is None or name not in pruned.inputs:
                 continue
             change = _change(pruned.inputs[name][0], other.inputs.get(name))
-            found.add_shift(x, calls.real_tokens(change, batch, name, which), of_token)
+            assert found.shift is not None
+            found.shift.update(calls.real_tokens(change, batch, name, which), x, of_token)
             for linear in group:
                 if linear.name in residual:
                     change = other.residuals[linear.name].float() - pruned.residuals[linear.name].float()
-                    found.add_residual(linear.name, x, calls.real_tokens(change, batch, linear.name), of_token)
+                    found.residual[linear.name].update(calls.real_tokens(change, batch, linear.name), x, of_token)
     few = []
     for number, (group, found) in enumerate(zip(groups, evidence, strict=True)):
+        found.reduce()
         if group[0].expert is not None and not group[0].expert.sees_all:
             found.routed = found.stats.tokens
             if found.routed < group[0].shape[1]:
@@ -202,7 +213,8 @@ def _change(pruned: tuple, dense: list[tuple] | None) -> Tensor:
 
 
 def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | None, calls: Calls) -> list[Tensor]:
-    """For each batch the weight of each of its tokens, fp32 [batch * tokens]: 0 for padding, else 1 on average.
+    """For each batch the weight of each of its tokens, fp32 [batch * tokens]: 0 for padding, else 1 on average (over
+    all processes).
 
     A token counts as much as the likelihood feels an error in what these linears (or this block) give for it; all
     count the same if that is not known.
@@ -218,10 +230,11 @@ def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | No
         torch.ones_like(part) if mask is None or mask.numel() != len(part) else mask.flatten().to(part)
         for part, mask in zip(felt, calls.keep or [None] * len(felt), strict=True)
     ]
-    count = torch.cat(real).sum().clamp(min=1)
+    count = ranks.total(torch.cat(real).sum())[0].clamp(min=1)
 
     def relative(parts: list[Tensor]) -> list[Tensor]:
-        mean = sum((part * mask).sum() for part, mask in zip(parts, real, strict=True)) / count
+        mass = torch.stack([(part * mask).sum() for part, mask in zip(parts, real, strict=True)]).sum()
+        mean = ranks.total(mass)[0] / count
         return [part / mean.clamp(min=torch.finfo(torch.float32).tiny) for part in parts]
 
     weights = relative([part.clamp(*FISHER_RANGE) ** FISHER_POWER for part in relative(felt)])

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..core import Pattern
 
 
@@ -152,7 +153,8 @@ class Calls:
         """`work` on these calls; once it runs out of memory, again on `parts`, in batches of half the size.
 
         Raises:
-            torch.OutOfMemoryError: a single sequence does not fit, or batches cannot be divided.
+            torch.OutOfMemoryError: a single sequence does not fit, batches cannot be divided, or there are several
+                processes.
         """
         while True:
             try:
@@ -165,6 +167,11 @@ class Calls:
         size = max(len(x) for x in (self.parts or self).hidden)
         if size == 1:
             raise torch.OutOfMemoryError(f"a single sequence does not fit into memory: {SMALLER}") from error
+        if ranks.world() > 1:  # they would wait for this one, which repeats what they have done together
+            raise torch.OutOfMemoryError(
+                f"{size} sequences at a time do not fit into memory, and one of {ranks.world()} processes cannot go "
+                f"on with fewer by itself: set batch_size={size // 2}, or {SMALLER}"
+            ) from error
         if self.record is None or self.share_state or self.hidden[0].dim() != 3:
             raise torch.OutOfMemoryError(
                 f"{size} sequences at a time do not fit into memory, and what this model's blocks are called with "

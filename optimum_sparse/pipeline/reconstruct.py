@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from .. import ranks
 from ..kernels.precision import fast_forward
 from .parts import Block, Calls, Parts, Tensors
 
@@ -50,6 +51,9 @@ def reconstruct(
     """Train the kept weights of a pruned block, and its norms and biases, in place.
 
     Masters and Adam's moments are fp32, of this block only. If the loss does not fall, nothing is changed.
+
+    Several processes make the steps that one would make: whoever has a batch computes its gradient, for all. So
+    training does not get faster, but neither does its result depend on how many there are.
 
     Args:
         targets: for each batch the dense block's output [batch, tokens, hidden].
@@ -95,7 +99,7 @@ def reconstruct(
         return (_squared(x, y).mean(-1).flatten().where(weight > 0, 0) * weight).sum()
 
     changes = [weighed(y, calls.hidden[batch].to(y.device), batch) for batch, y in enumerate(targets)]
-    scale = 1 / torch.stack(changes).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = 1 / ranks.joined(torch.stack(changes)).mean().clamp(min=torch.finfo(torch.float32).tiny)
 
     def loss(batch: int) -> Tensor:
         replaced = frozen | weights()
@@ -109,7 +113,7 @@ def reconstruct(
 
     def total() -> float:
         with torch.no_grad():
-            return torch.stack([loss(batch) for batch in range(len(targets))]).mean().item()
+            return ranks.joined(torch.stack([loss(batch) for batch in range(len(targets))])).mean().item()
 
     before = total()
     _train(loss, list(trained.values()), calls, settings, index)
@@ -121,8 +125,9 @@ def reconstruct(
         )
     if after >= before:
         return before, before
-    for name, value in weights().items():
-        parameters[name].data = value.detach()
+    trained_weights = {name: value.detach() for name, value in weights().items()}
+    for name, value in zip(trained_weights, ranks.sent(0, *trained_weights.values()), strict=True):
+        parameters[name].data = value
     return before, after
 
 
@@ -150,20 +155,29 @@ def _train(
     loss: Callable[[int], Tensor], trained: list[Tensor], calls: Calls, settings: Reconstruction, index: int
 ) -> None:
     """Adam with warm-up and cosine decay."""
+    sizes = ranks.gathered([len(hidden) for hidden in calls.hidden])
+    places = [(owner, batch) for owner, of_rank in enumerate(sizes) for batch in range(len(of_rank))]
     samples, used = 0, 0
-    for hidden in calls.hidden:
+    for owner, batch in places:
         if settings.samples is None or samples < settings.samples:
-            samples, used = samples + len(hidden), used + 1
+            samples, used = samples + sizes[owner][batch], used + 1
     steps = settings.passes * used
     warm_up = max(1, steps // 20)
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95), eps=1e-10, fused=trained[0].is_cuda or None)
     generator = torch.Generator().manual_seed(settings.seed + index)
     step = 0
     for _ in range(settings.passes):
-        for batch in torch.randperm(used, generator=generator).tolist():
+        for place in torch.randperm(used, generator=generator).tolist():
+            owner, batch = places[place]
             decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm_up) / max(1, steps - warm_up))
             optimizer.param_groups[0]["lr"] = settings.learning_rate * min((step + 1) / warm_up, decay)
-            (loss(batch) * calls.hidden[batch].numel()).backward()  # a mean's gradients would vanish in fp16
+            if owner == ranks.rank():
+                (loss(batch) * calls.hidden[batch].numel()).backward()  # a mean's gradients would vanish in fp16
+            reached = ranks.gathered([p.grad is not None for p in trained])[owner]
+            moved = [p for p, by_gradient in zip(trained, reached, strict=True) if by_gradient]
+            gradients = ranks.sent(owner, *(p.detach() if p.grad is None else p.grad for p in moved))
+            for p, gradient in zip(moved, gradients, strict=True):
+                p.grad = gradient
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

@@ -2,6 +2,8 @@
 
     python tests/benchmarks/prune.py
     python tests/benchmarks/prune.py --layers 2 --hidden 64 --intermediate 172 --heads 4 --samples 4 --tokens 32
+    torchrun --nproc-per-node 1 tests/benchmarks/prune.py --compare masks && \
+    torchrun --nproc-per-node 2 tests/benchmarks/prune.py --compare masks
 
 A Llama with random weights, by default of LLaMA-2-7B's shape, and random tokens: speed does not depend on either. Each
 run starts from a new model. On CUDA each is made once before on a model of one block, to warm up.
@@ -10,14 +12,17 @@ run starts from a new model. On CUDA each is made once before on a model of one 
 import argparse
 import gc
 import time
+from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import optimum_sparse
 from optimum_sparse import Pruner, SparsityConfig
+from optimum_sparse.formats import bitmask
 
 
 PATTERNS = {"2:4": "2:4", "50%": "unstructured"}
@@ -35,24 +40,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of a sample")
     parser.add_argument("--batch", type=int, default=8, help="samples that go through a block together")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--compare", type=Path, help="folder: the first run writes its masks there, others compare")
     args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
+    cuda = args.device == "cuda"
+    state = PartialState(cpu=not cuda)
+    args.device, args.processes = state.device, state.num_processes
     on = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(
+    show = print if state.is_main_process else lambda *args, **kwargs: None
+    show(
         f"Llama {args.layers} x {args.hidden} x {args.intermediate}, {args.samples} x {args.tokens} tokens, "
-        f"{args.dtype}, {on}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{args.dtype}, {args.processes} x {on}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"optimum-sparse {optimum_sparse.__version__}"
     )
-    print("| method | pattern | seconds | phases, s | peak GPU memory beyond the model, GB |")
-    print("|---|---|---|---|---|")
+    show("| method | pattern | seconds | phases, s | peak GPU memory beyond the model, GB | beside the first run |")
+    show("|---|---|---|---|---|---|")
     if cuda:  # kernels are compiled and libraries loaded at their first use
         for method in args.methods:
             for pattern in args.patterns:
-                prune(random_llama(args, layers=1), args, method, pattern, samples=1)
+                prune(random_llama(args, layers=1), args, method, pattern, args.processes)
     for method in args.methods:
         for pattern in args.patterns:
-            print(prune(random_llama(args, args.layers), args, method, pattern, args.samples), flush=True)
+            model = random_llama(args, args.layers)
+            state.wait_for_everyone()
+            row = prune(model, args, method, pattern, args.samples)
+            if args.compare and state.is_main_process:
+                row += f" {beside_first(model, args.compare / f'{method} {pattern}.pt')} |"
+            show(row, flush=True)
+            state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def random_llama(args: argparse.Namespace, layers: int) -> PreTrainedModel:
@@ -70,7 +86,7 @@ def random_llama(args: argparse.Namespace, layers: int) -> PreTrainedModel:
 
 def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern: str, samples: int) -> str:
     """One row of the table."""
-    cuda = args.device.startswith("cuda")
+    cuda = args.device.type == "cuda"
     config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
     ids = torch.randint(model.config.vocab_size, (samples, args.tokens), generator=torch.Generator().manual_seed(1))
     data = DataLoader([{"input_ids": part} for part in ids.split(args.batch)], batch_size=None)
@@ -90,6 +106,24 @@ def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern
     phases = ", ".join(f"{name} {taken:.1f}" for name, taken in pruner.report.seconds.items())
     memory = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}" if cuda else "-"
     return f"| {method} | {pattern} | {seconds:.1f} | {phases} | {memory} |"
+
+
+def beside_first(model: PreTrainedModel, file: Path) -> str:
+    """How far the pruned weights are those of the run that wrote `file`, written if it is not there."""
+    pruned = [module.weight.detach() for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    found = [(bitmask.pack_bits(weight != 0).cpu(), weight.float().norm().item()) for weight in pruned]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, file)
+        return "it is the first"
+    first = torch.load(file)
+    different = sum(
+        int(bitmask.unpack_bits(mask ^ other, mask.shape[1] * 8).sum())
+        for (mask, _), (other, _) in zip(found, first, strict=True)
+    )
+    norms = max(abs(norm / other - 1) for (_, norm), (_, other) in zip(found, first, strict=True))
+    total = sum(weight.numel() for weight in pruned)
+    return f"masks agree on {1 - different / total:.4%}, norms to {norms:.1e}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Two GPUs prune one model together (NCCL), beside one that does it alone."""
+
+import shutil
+
+import pytest
+import torch
+from rank_process import CASES, WORLD, alone, assert_close, assert_same, start
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs"),
+]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tiny_llama):
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copytree(tiny_llama, folder / "dense")
+    return start(folder, "nccl")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_end_with_the_model_of_one(case, together):
+    assert_same([found[case] for found in together])
+    assert_close(together[0][case], alone(case, "cuda"))
+
+
+def test_on_load(together):
+    assert_same([found["on load"] for found in together])
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [("solve", "no solution here"), ("memory", "cannot go on with fewer"), ("config", "have different config")],
+)
+def test_a_failure_ends_both(failure, message, together):
+    assert all(message in found[failure] for found in together)
