@@ -1,10 +1,10 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, bench."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, sweep, info, export, bench."""
 
 import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
-from .evaluation import measure_speed, perplexity
+from .evaluation import grid, measure_speed, perplexity, plot_sweep, sweep
 from .hf.checkpoint import export_dense, inspect
 from .kernels.linear import Choice, select
 from .methods import METHODS
@@ -26,9 +26,10 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
-    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,bench}", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,sweep,info,export,bench}", required=True)
     _add_prune(commands)
     _add_eval(commands)
+    _add_sweep(commands)
     _add_info(commands)
     _add_export(commands)
     _add_bench(commands)
@@ -101,10 +102,6 @@ def _add_prune(commands: Any) -> None:
     )
     recipe.add_argument("--sparsity", type=float, help="share to remove when unstructured [0.5]")
     recipe.add_argument(
-        "--targets", nargs="+", metavar="NAME", help="prune only linears that match: q_proj, mlp, 're:...'"
-    )
-    recipe.add_argument("--ignore", nargs="+", metavar="NAME", help="leave these dense")
-    recipe.add_argument(
         "--layer",
         dest="layers",
         action="append",
@@ -115,13 +112,25 @@ def _add_prune(commands: Any) -> None:
     recipe.add_argument(
         "--allocation", choices=ALLOCATIONS, help=f"of unstructured sparsity [{defaults['allocation']}]"
     )
-    recipe.add_argument(
+    _add_recipe(parser, recipe)
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_prune)
+
+
+def _add_recipe(parser: argparse.ArgumentParser, group: Any) -> None:
+    """What every command that prunes takes: which layers, other fields, and the data."""
+    group.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="prune only linears that match: q_proj, mlp, 're:...'"
+    )
+    group.add_argument("--ignore", nargs="+", metavar="NAME", help="leave these dense")
+    group.add_argument(
         "--set",
         action="append",
         metavar="NAME=VALUE",
         help="any other field of SparsityConfig, as JSON: damping=0.1, fisher=false; can be given again",
     )
-    recipe.add_argument("--block-name", help="where the decoder blocks are, if they are not found: model.layers")
+    group.add_argument("--block-name", help="where the decoder blocks are, if they are not found: model.layers")
+    defaults = {field.name: field.default for field in fields(SparsityConfig)}
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset",
@@ -130,16 +139,17 @@ def _add_prune(commands: Any) -> None:
     )
     for name in ("num_samples", "sequence_length", "batch_size", "seed"):
         data.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"[{defaults[name]}]")
-    _add_loading(parser)
-    parser.set_defaults(run_sparse=_prune)
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SparsityConfig that were given."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(SparsityConfig)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _prune(args: argparse.Namespace) -> None:
     options = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
-    for field in fields(SparsityConfig):
-        value = getattr(args, field.name, None)
-        if value is not None:
-            options[field.name] = value
+    options |= _recipe(args)
     if args.config and args.recipe:
         raise ValueError("--config and --recipe: a stored config holds every field; give one of them.")
     if args.config and args.method:  # a stored config says what its own method did
@@ -185,13 +195,17 @@ def _add_eval(commands: Any) -> None:
     )
     parser.add_argument("model", help="id on the hub, or a folder")
     parser.add_argument("--dataset", default="wikitext2", help="wikitext2 (hub), another hub name, or a local file")
-    parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
-    parser.add_argument("--max-windows", type=int, help="only the first ones")
+    _add_windows(parser)
     parser.add_argument("--batch-size", type=int, default=1, help="windows per forward pass [1]")
     parser.add_argument("--run-compressed", action="store_true", help="keep the weights compressed in memory")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_loading(parser)
     parser.set_defaults(run_sparse=_eval)
+
+
+def _add_windows(parser: Any) -> None:
+    parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
+    parser.add_argument("--max-windows", type=int, help="only the first ones")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -207,6 +221,71 @@ def _eval(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
     )
     print(json.dumps(result.to_dict()) if args.json else f"perplexity {result}, {result.seconds:.1f} s")
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sweep",
+        "Measure what methods cost at several sparsities and patterns: perplexity as table, JSON, CSV and picture. "
+        "The model is loaded once. After an interruption the same command goes on; with more methods, sparsities or "
+        "patterns it measures only these.",
+        "org/model --methods wanda sparsegpt fast --sparsities 0.3 0.5 0.7 --patterns 2:4 16:32 --output results",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder for sweep.json, sweep.csv and sweep.png")
+    recipe = parser.add_argument_group("recipes", "what is not given takes SparsityConfig's default")
+    recipe.add_argument(
+        "--methods",
+        nargs="+",
+        default=["magnitude", "wanda", "sparsegpt"],
+        metavar="NAME",
+        help=f"methods ({', '.join(METHODS)}) and recipes ({', '.join(RECIPES)}), as `prune` takes them "
+        "[magnitude wanda sparsegpt]",
+    )
+    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help="unstructured [0.3 0.5 0.7]")
+    recipe.add_argument("--patterns", nargs="+", metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]")
+    _add_recipe(parser, recipe)
+    _add_evaluation(parser)
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_sweep)
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--text", default="wikitext2", help="for perplexity: as `eval --dataset` [wikitext2]")
+    _add_windows(group)
+
+
+def _evaluation(args: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[Any], dict[str, float]], dict[str, Any]]:
+    """What to measure of a model, and what the numbers depend on."""
+    text = {"window": args.window, "max_windows": args.max_windows}
+
+    def evaluate(model: Any) -> dict[str, float]:
+        found = perplexity(model, tokenizer, args.text, **text)
+        return {"perplexity": found.perplexity, "perplexity_stderr": found.standard_error}
+
+    return evaluate, {"text": args.text, **text}
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    options = _recipe(args) | dict(_setting(text) for text in args.set or [])
+    sparsities = args.sparsities or ([] if args.patterns else [0.3, 0.5, 0.7])
+    points = grid(args.methods, sparsities, args.patterns or [], **options)
+    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    evaluate, settings = _evaluation(args, tokenizer)
+    result = sweep(model, points, evaluate, args.output, tokenizer=tokenizer, settings=settings)
+    print(result)
+    _draw(plot_sweep, result, Path(args.output) / "sweep.png")
+
+
+def _draw(plot: Callable[[Any, Path], None], result: Any, path: Path) -> None:
+    """The picture, or why there is none: all else is written by now."""
+    try:
+        plot(result, path)
+    except ImportError as error:
+        print(f"no {path.name}: {error} Then repeat the command.", file=sys.stderr)
 
 
 def _add_info(commands: Any) -> None:

@@ -35,6 +35,7 @@ def prune_model(
     tokenizer: Any = None,
     dataset: Any = None,
     method: Method | None = None,
+    kept: Callable[[str, Callable[[], Any]], Any] | None = None,
     journal: Journal | None = None,
     save_block: Callable[[Block, SparsityConfig], list[str]] | None = None,
 ) -> tuple[SparsityConfig, PruningReport]:
@@ -43,7 +44,9 @@ def prune_model(
     Args:
         dataset: in place of config.dataset; may also be a DataLoader.
         method: in place of the one that config.method names.
-        journal: keeps what is done, and knows what an earlier run has done.
+        kept: (name, compute) -> `compute()`, or what it was before: of the phases before pruning, which are "tokens",
+            "sensitivity" and "allocation". They are read only.
+        journal: keeps what is done, these included, and knows what an earlier run has done.
         save_block: saves a finished block, which is then dropped, following the config as it is to be stored so far;
             returns the names of the files. Goes with `journal`.
 
@@ -69,7 +72,8 @@ def prune_model(
         config.fisher = False
     plan = make_plan(model, config)
     report = PruningReport(method=name)
-    kept = _computed if journal is None else journal.kept
+    if kept is None:
+        kept = _computed if journal is None else journal.kept
     before = {} if journal is None else journal.seconds
 
     @contextlib.contextmanager

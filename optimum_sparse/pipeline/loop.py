@@ -99,7 +99,8 @@ def prune_blocks(
     dense_hidden = calls.dense_hidden if calls is not None and follow else None
     reports: list[LayerReport] = []
     try:
-        progress = tqdm(blocks[start:], desc=description, unit="block", initial=start, total=len(blocks))
+        # leave=None: it stays, unless it is inside another bar
+        progress = tqdm(blocks[start:], desc=description, unit="block", initial=start, total=len(blocks), leave=None)
         for index, block in enumerate(progress, start):
             with onload(block.module):
                 dense = [linear.weight.data for linear in block.linears]
