@@ -1,7 +1,8 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, sweep, info, export, bench."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, sweep, sensitivity, info, export, bench."""
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,8 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
-from .evaluation import grid, measure_speed, perplexity, plot_sweep, sweep
-from .hf.checkpoint import export_dense, inspect
+from .evaluation import (
+    grid,
+    measure_sensitivity,
+    measure_speed,
+    perplexity,
+    plot_sensitivity,
+    plot_sweep,
+    sweep,
+)
+from .hf.checkpoint import atomically, export_dense, inspect
 from .kernels.linear import Choice, select
 from .methods import METHODS
 from .pruner import Pruner
@@ -26,10 +35,13 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
-    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,sweep,info,export,bench}", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="{prune,eval,sweep,sensitivity,info,export,bench}", required=True
+    )
     _add_prune(commands)
     _add_eval(commands)
     _add_sweep(commands)
+    _add_sensitivity(commands)
     _add_info(commands)
     _add_export(commands)
     _add_bench(commands)
@@ -278,6 +290,60 @@ def _sweep(args: argparse.Namespace) -> None:
     result = sweep(model, points, evaluate, args.output, tokenizer=tokenizer, settings=settings)
     print(result)
     _draw(plot_sweep, result, Path(args.output) / "sweep.png")
+
+
+def _add_sensitivity(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sensitivity",
+        "Measure what the model loses when only one matrix or one block is pruned: a table, JSON and a heat map. The "
+        "model itself is not changed.",
+        "org/model --sparsities 0.3 0.5 0.7 --allocate 0.5 --output results",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder for sensitivity.json and sensitivity.png")
+    parser.add_argument(
+        "--by",
+        choices=("error", "perplexity"),
+        default="error",
+        help="error: an estimate from one calibration pass; perplexity: an evaluation for every matrix [error]",
+    )
+    parser.add_argument(
+        "--allocate",
+        type=float,
+        metavar="SPARSITY",
+        help="also write recipe.json, for `prune --config`: sparsities of all matrices that lose least at this one",
+    )
+    recipe = parser.add_argument_group("recipe", "what is not given takes SparsityConfig's default")
+    recipe.add_argument("--method", choices=sorted(METHODS), help="by perplexity; by error always a SparseGPT sweep")
+    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help="unstructured [0.5]")
+    recipe.add_argument("--patterns", nargs="+", metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]")
+    _add_recipe(parser, recipe)
+    _add_evaluation(parser)
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_sensitivity)
+
+
+def _sensitivity(args: argparse.Namespace) -> None:
+    options = _recipe(args) | dict(_setting(text) for text in args.set or []) | {"pattern": "unstructured"}
+    sparsities = args.sparsities or ([] if args.patterns else [0.5])
+    patterns = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
+    patterns += [parse_pattern(pattern) for pattern in args.patterns or []]
+    config = SparsityConfig.from_dict(options)
+    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    evaluate, _ = _evaluation(args, tokenizer)
+    loss = None if args.by == "error" else lambda pruned: math.log(evaluate(pruned)["perplexity"])
+    result = measure_sensitivity(model, config, patterns, loss, tokenizer=tokenizer)
+    print(result)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    result.save(folder / "sensitivity.json")
+    _draw(plot_sensitivity, result, folder / "sensitivity.png")
+    if args.allocate is not None:
+        chosen = {"sparsity": args.allocate, "allocation": result.allocation(args.allocate)}
+        with atomically(folder / "recipe.json") as temporary:
+            temporary.write_text(json.dumps(options | chosen, indent=1) + "\n", encoding="utf-8")
 
 
 def _draw(plot: Callable[[Any, Path], None], result: Any, path: Path) -> None:

@@ -1,19 +1,23 @@
 """What pruning cost, and what it brought: measured."""
 
 from .perplexity import Perplexity, perplexity
-from .plots import plot_sweep
+from .plots import plot_sensitivity, plot_sweep
+from .sensitivity import LossIncrease, measure_sensitivity
 from .speed import Speed, measure_speed
 from .sweep import Point, SweepResult, grid, sweep
 
 
 __all__ = [
+    "LossIncrease",
     "Perplexity",
     "Point",
     "Speed",
     "SweepResult",
     "grid",
+    "measure_sensitivity",
     "measure_speed",
     "perplexity",
+    "plot_sensitivity",
     "plot_sweep",
     "sweep",
 ]

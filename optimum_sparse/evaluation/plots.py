@@ -4,6 +4,7 @@ import math
 from os import PathLike
 from typing import Any
 
+from .sensitivity import LossIncrease
 from .sweep import SweepResult
 
 
@@ -56,6 +57,48 @@ def plot_sweep(result: SweepResult, path: str | PathLike, metric: str | None = N
     _save(figure, path)
 
 
+def plot_sensitivity(result: LossIncrease, path: str | PathLike, pattern: str | None = None) -> None:
+    """A heat map over depth (columns) and projection (rows), the block as a whole below; experts are summed.
+
+    Colours are logarithmic. What measured as no loss or as a gain has the lowest one.
+
+    Args:
+        pattern: None: the last that was measured.
+
+    Raises:
+        ImportError: matplotlib is missing, naming the extra.
+        ValueError: no such pattern, or none of its losses is above 0.
+    """
+    pattern = pattern or result.patterns[-1]
+    if pattern not in result.patterns:
+        raise ValueError(f"pattern={pattern!r}: was not measured; these were: {', '.join(result.patterns)}.")
+    place = result.patterns.index(pattern)
+    whole = "whole block"
+    cells: dict[tuple[str, int], float] = {}
+    for column, (block, values) in enumerate(result.blocks.items()):
+        cells[whole, column] = values[place]
+        for name, losses in result.layers.items():
+            if f".{block}." in f".{name}":
+                local = name.rpartition(f"{block}.")[2]
+                row = ".".join("*" if part.isdigit() else part for part in local.split("."))
+                cells[row, column] = cells.get((row, column), 0.0) + losses[place]
+    positive = [value for value in cells.values() if 0 < value < math.inf]
+    if not positive:
+        raise ValueError(f"no loss under {pattern} is above 0: there is nothing to see.")
+    rows = [*dict.fromkeys(row for row, _ in cells if row != whole), whole]
+    lowest = max(min(positive), max(positive) / 1e4)
+    grid = [[max(cells.get((row, column), math.nan), lowest) for column in range(len(result.blocks))] for row in rows]
+    figure, axes = _figure(max(5.0, 1.9 + 0.27 * len(result.blocks)), 1.4 + 0.34 * len(rows))
+    image = axes.imshow(grid, cmap="viridis", aspect="auto", norm=_colors().LogNorm(lowest, max(positive)))
+    axes.set_yticks(range(len(rows)), rows)
+    axes.axhline(len(rows) - 1.5, color="white", linewidth=3)
+    axes.xaxis.set_major_locator(_ticker().MaxNLocator(integer=True))
+    axes.set_xlabel("decoder block")
+    axes.set_title(f"loss increase when only this is pruned: {pattern}, by {result.by}", loc="left", fontsize=10)
+    figure.colorbar(image, ax=axes, label="nats per token", pad=0.01)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     """(figure, axes) without the state that pyplot keeps, and without a window."""
     try:
@@ -73,6 +116,12 @@ def _ticker() -> Any:
     from matplotlib import ticker
 
     return ticker
+
+
+def _colors() -> Any:
+    from matplotlib import colors
+
+    return colors
 
 
 def _log(axis: Any, set_scale: Any) -> None:

@@ -83,13 +83,13 @@ def prune_model(
         yield
         report.seconds[name] += time.perf_counter() - started
 
-    with _evaluating(model):
+    with evaluating(model):
         calls: Calls | None = None
         batches: list[dict[str, Tensor]] = []
         sensitivity: Sensitivity | None = None
         if method.needs > Needs.NOTHING or measures_layers(config):
             with phase("calibration data"):
-                batches = kept("tokens", lambda: _batches(model, config, data, tokenizer))
+                batches = kept("tokens", lambda: token_batches(model, config, data, tokenizer))
                 hidden = None if journal is None else journal.hidden()
                 calls = record_calls(model, [block.module for block in plan.blocks], batches, hidden)
                 calls.record = partial(_arguments, model, plan.blocks, batches)
@@ -204,7 +204,9 @@ def _arguments(model: PreTrainedModel, blocks: list[Block], batches: list[dict[s
     return record_calls(model, [block.module for block in blocks], small, _Shapes()).arguments
 
 
-def _batches(model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+def token_batches(
+    model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any
+) -> list[dict[str, Tensor]]:
     """Token batches of `data` that fit the model."""
     if isinstance(data, str | list):
         _check_length(model, config.sequence_length)
@@ -222,7 +224,7 @@ def _batches(model: PreTrainedModel, config: SparsityConfig, data: Any, tokenize
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """In evaluation mode; each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
