@@ -1,4 +1,4 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, sweep, sensitivity, info, export, bench."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: the subcommands are in `add_commands`."""
 
 import argparse
 import json
@@ -48,7 +48,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m optimum_sparse", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m optimum_sparse", description="Prune, evaluate and share sparse language models."
+    )
     add_commands(parser)
     args = parser.parse_args(arguments)
     return run(args)

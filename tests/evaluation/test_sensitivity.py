@@ -10,12 +10,12 @@ from optimum_sparse.core import NM, Unstructured
 from optimum_sparse.evaluation import LossIncrease, measure_sensitivity, perplexity, plot_sensitivity
 
 
+DATA = dict(dataset=token_ids(), num_samples=SAMPLES, sequence_length=TOKENS)
 PATTERNS = [Unstructured(0.3), Unstructured(0.7), NM(2, 4)]
 
 
 def config(**changes) -> SparsityConfig:
-    data = dict(dataset=token_ids(), num_samples=SAMPLES, sequence_length=TOKENS)
-    return SparsityConfig(**{"method": "sparsegpt", "pattern": "unstructured"} | data | changes)
+    return SparsityConfig(**{"method": "sparsegpt", "pattern": "unstructured"} | DATA | changes)
 
 
 def loss(model) -> float:
@@ -33,9 +33,6 @@ def test_by_perplexity_is_pruning_that_one_alone():
         )
         alone = Pruner.from_pretrained(make_model("llama")).prune(paper)
         assert found.layers[name][2] == pytest.approx(loss(alone) - loss(model), abs=1e-5)
-
-
-DATA = ("dataset", "num_samples", "sequence_length", "targets")
 
 
 def test_by_error_is_what_the_likelihood_feels():

@@ -6,7 +6,6 @@ from models import SAMPLES, TOKENS, assert_same_weights, logits, make_model, tok
 
 from optimum_sparse import Pruner
 from optimum_sparse.evaluation import SweepResult, grid, plot_sweep, sweep
-from optimum_sparse.evaluation import sweep as sweep_function  # noqa: F401 - the name of its module, too
 from optimum_sparse.hf import prune
 
 
@@ -94,7 +93,7 @@ def test_another_model_recipe_or_setting_is_refused_by_name(tmp_path):
 
 
 def test_mistakes_are_found_before_any_work():
-    with pytest.raises(ValueError, match="'wandaa' is no method .*wanda.* and no recipe .*best"):
+    with pytest.raises(ValueError, match=r"'wandaa' is no method .*wanda.* and no recipe .*best"):
         grid(["wandaa"], [0.5])
     with pytest.raises(ValueError, match="nothing to measure"):
         grid(["wanda"])
