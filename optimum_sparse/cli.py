@@ -49,7 +49,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m optimum_sparse", description="Prune, evaluate and share sparse language models."
+        "python -m optimum_sparse", description="Prune and measure sparse language models."
     )
     add_commands(parser)
     args = parser.parse_args(arguments)
