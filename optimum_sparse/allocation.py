@@ -275,17 +275,7 @@ def _by_error(
     sparse = [parse_pattern(name) for name, _ in budgets if name != DENSE]
     grid = torch.linspace(max(target - BAND, target / 4), min(target + BAND, (3 + target) / 4), 5).tolist()
     candidates = [pattern, *sparse] if budgets else [Unstructured(sparsity) for sparsity in grid]
-    method = ErrorCurves(candidates, config.damping, config.block_size)
-    objective = Objective(sensitivity=sensitivity)
-    reports = prune_blocks(blocks, calls.copy(), method, onload, objective=objective, description="Measuring layers")
-    losses = {report.name: json.loads(report.note) for report in reports if report.skipped is None}
-    if sensitivity is not None:  # rows came scaled to a mean of 1 within each matrix
-        scale = {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
-        losses = {name: [loss * scale.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
-    else:  # a mean over an expert's own tokens is to become one over all, as those are
-        tokens = sum(ranks.gathered(sum(hidden.shape[:2].numel() for hidden in calls.hidden)))
-        share = {report.name: report.routed / tokens for report in reports if report.routed is not None}
-        losses = {name: [loss * share.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
+    losses = measure_losses(candidates, config, blocks, calls, sensitivity, onload)
     weights = [sizes[name] for name in losses]
     if not budgets:
         return dict(zip(losses, minimize_loss(grid, [*losses.values()], weights, target), strict=True))
@@ -293,6 +283,34 @@ def _by_error(
     padded = [loss[:1] + nothing + loss[1:] for loss in losses.values()]
     names = list(losses)
     return {names[matrix]: name for matrix, name in choose_denser(padded, weights, budgets).items()}
+
+
+def measure_losses(
+    patterns: Sequence[Pattern],
+    config: SparsityConfig,
+    blocks: Sequence[Block],
+    calls: Calls,
+    sensitivity: Sensitivity | None,
+    onload: Onload,
+) -> dict[str, list[float]]:
+    """What every matrix that is reached loses under each of the patterns, when only it is pruned.
+
+    With `sensitivity`, mean over tokens of sum_i F_i d_i^2 for errors d of the output and squared gradients F of the
+    likelihood; without, of sum_i d_i^2, an expert's as one over all tokens.
+
+    Args:
+        calls: not used up.
+    """
+    method = ErrorCurves(patterns, config.damping, config.block_size)
+    objective = Objective(sensitivity=sensitivity)
+    reports = prune_blocks(blocks, calls.copy(), method, onload, objective=objective, description="Measuring layers")
+    losses = {report.name: json.loads(report.note) for report in reports if report.skipped is None}
+    if sensitivity is not None:  # rows came scaled to a mean of 1 within each matrix
+        scale = {name: rows.mean().item() for name, rows in sensitivity.rows.items()}
+    else:  # a mean over an expert's own tokens is to become one over all, as those are
+        tokens = sum(ranks.gathered(sum(hidden.shape[:2].numel() for hidden in calls.hidden)))
+        scale = {report.name: report.routed / tokens for report in reports if report.routed is not None}
+    return {name: [loss * scale.get(name, 1.0) for loss in of_layer] for name, of_layer in losses.items()}
 
 
 def density(pattern: str) -> tuple[float, int]:

@@ -1,11 +1,11 @@
-"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: prune, eval, info, export, convert, bench."""
+"""`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: the subcommands are in `add_commands`."""
 
 import argparse
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import parse_pattern
-from .evaluation import Perplexity, TaskScore, measure_speed, perplexity, score_tasks
-from .hf.checkpoint import REPORT_FILE, export_dense, inspect, read_report, write_report
+from .evaluation import (
+    Perplexity,
+    TaskScore,
+    grid,
+    measure_sensitivity,
+    measure_speed,
+    perplexity,
+    plot_sensitivity,
+    plot_sweep,
+    score_tasks,
+    sweep,
+)
+from .hf.checkpoint import REPORT_FILE, atomically, export_dense, inspect, read_report, write_report
 from .hf.convert import convert, export_csr, survey
 from .hf.hub import check_access, push, write_card
 from .kernels.linear import Choice, select
@@ -27,9 +38,13 @@ from .report import Measurement, aligned
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the subcommands. After parsing, `args.run_sparse(args)` runs the one that was chosen."""
-    commands = parser.add_subparsers(title="commands", metavar="{prune,eval,info,export,convert,bench}", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="{prune,eval,sweep,sensitivity,info,export,convert,bench}", required=True
+    )
     _add_prune(commands)
     _add_eval(commands)
+    _add_sweep(commands)
+    _add_sensitivity(commands)
     _add_info(commands)
     _add_export(commands)
     _add_convert(commands)
@@ -37,7 +52,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m optimum_sparse", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m optimum_sparse", description="Prune and measure sparse language models."
+    )
     add_commands(parser)
     args = parser.parse_args(arguments)
     return run(args)
@@ -104,10 +121,6 @@ def _add_prune(commands: Any) -> None:
     )
     recipe.add_argument("--sparsity", type=float, help="share to remove when unstructured [0.5]")
     recipe.add_argument(
-        "--targets", nargs="+", metavar="NAME", help="prune only linears that match: q_proj, mlp, 're:...'"
-    )
-    recipe.add_argument("--ignore", nargs="+", metavar="NAME", help="leave these dense")
-    recipe.add_argument(
         "--layer",
         dest="layers",
         action="append",
@@ -118,13 +131,25 @@ def _add_prune(commands: Any) -> None:
     recipe.add_argument(
         "--allocation", choices=ALLOCATIONS, help=f"of unstructured sparsity [{defaults['allocation']}]"
     )
-    recipe.add_argument(
+    _add_recipe(parser, recipe)
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_prune)
+
+
+def _add_recipe(parser: argparse.ArgumentParser, group: Any) -> None:
+    """What every command that prunes takes: which layers, other fields, and the data."""
+    group.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="prune only linears that match: q_proj, mlp, 're:...'"
+    )
+    group.add_argument("--ignore", nargs="+", metavar="NAME", help="leave these dense")
+    group.add_argument(
         "--set",
         action="append",
         metavar="NAME=VALUE",
         help="any other field of SparsityConfig, as JSON: damping=0.1, fisher=false; can be given again",
     )
-    recipe.add_argument("--block-name", help="where the decoder blocks are, if they are not found: model.layers")
+    group.add_argument("--block-name", help="where the decoder blocks are, if they are not found: model.layers")
+    defaults = {field.name: field.default for field in fields(SparsityConfig)}
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--dataset",
@@ -133,16 +158,17 @@ def _add_prune(commands: Any) -> None:
     )
     for name in ("num_samples", "sequence_length", "batch_size", "seed"):
         data.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"[{defaults[name]}]")
-    _add_loading(parser)
-    parser.set_defaults(run_sparse=_prune)
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SparsityConfig that were given."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(SparsityConfig)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _prune(args: argparse.Namespace) -> None:
     options = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
-    for field in fields(SparsityConfig):
-        value = getattr(args, field.name, None)
-        if value is not None:
-            options[field.name] = value
+    options |= _recipe(args)
     if args.config and args.recipe:
         raise ValueError("--config and --recipe: a stored config holds every field; give one of them.")
     if args.config and args.method:  # a stored config says what its own method did
@@ -200,8 +226,7 @@ def _add_eval(commands: Any) -> None:
         help="text for the perplexity: wikitext2 (hub), another hub name, or a local file [wikitext2, if there are no "
         "--tasks]",
     )
-    parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
-    parser.add_argument("--max-windows", type=int, help="only the first ones")
+    _add_windows(parser)
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -216,6 +241,11 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     _add_loading(parser)
     parser.set_defaults(run_sparse=_eval)
+
+
+def _add_windows(parser: Any) -> None:
+    parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
+    parser.add_argument("--max-windows", type=int, help="only the first ones")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -275,6 +305,125 @@ def _measurement(
     return Measurement(
         "perplexity", Path(data).name if Path(data).is_file() else data, result.perplexity, error, before, note
     )
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sweep",
+        "Measure what methods cost at several sparsities and patterns: perplexity as table, JSON, CSV and picture. "
+        "The model is loaded once. After an interruption the same command goes on; with more methods, sparsities or "
+        "patterns it measures only these.",
+        "org/model --methods wanda sparsegpt fast --sparsities 0.3 0.5 0.7 --patterns 2:4 16:32 --output results",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder for sweep.json, sweep.csv and sweep.png")
+    recipe = parser.add_argument_group("recipes", "what is not given takes SparsityConfig's default")
+    recipe.add_argument(
+        "--methods",
+        nargs="+",
+        default=["magnitude", "wanda", "sparsegpt"],
+        metavar="NAME",
+        help=f"methods ({', '.join(METHODS)}) and recipes ({', '.join(RECIPES)}), as `prune` takes them "
+        "[magnitude wanda sparsegpt]",
+    )
+    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help="unstructured [0.3 0.5 0.7]")
+    recipe.add_argument("--patterns", nargs="+", metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]")
+    _add_recipe(parser, recipe)
+    _add_evaluation(parser)
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_sweep)
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--text", default="wikitext2", help="for perplexity: as `eval --dataset` [wikitext2]")
+    _add_windows(group)
+
+
+def _evaluation(args: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[Any], dict[str, float]], dict[str, Any]]:
+    """What to measure of a model, and what the numbers depend on."""
+    text = {"window": args.window, "max_windows": args.max_windows}
+
+    def evaluate(model: Any) -> dict[str, float]:
+        found = perplexity(model, tokenizer, args.text, **text)
+        return {"perplexity": found.perplexity, "perplexity_stderr": found.standard_error}
+
+    return evaluate, {"text": args.text, **text}
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    options = _recipe(args) | dict(_setting(text) for text in args.set or [])
+    sparsities = args.sparsities or ([] if args.patterns else [0.3, 0.5, 0.7])
+    points = grid(args.methods, sparsities, args.patterns or [], **options)
+    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    evaluate, settings = _evaluation(args, tokenizer)
+    result = sweep(model, points, evaluate, args.output, tokenizer=tokenizer, settings=settings)
+    print(result)
+    _draw(plot_sweep, result, Path(args.output) / "sweep.png")
+
+
+def _add_sensitivity(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sensitivity",
+        "Measure what the model loses when only one matrix or one block is pruned: a table, JSON and a heat map. The "
+        "model itself is not changed.",
+        "org/model --sparsities 0.3 0.5 0.7 --allocate 0.5 --output results",
+    )
+    parser.add_argument("model", help="id on the hub, or a folder")
+    parser.add_argument("--output", "-o", required=True, help="folder for sensitivity.json and sensitivity.png")
+    parser.add_argument(
+        "--by",
+        choices=("error", "perplexity"),
+        default="error",
+        help="error: an estimate from one calibration pass; perplexity: an evaluation for every matrix [error]",
+    )
+    parser.add_argument(
+        "--allocate",
+        type=float,
+        metavar="SPARSITY",
+        help="also write recipe.json, for `prune --config`: sparsities of all matrices that lose least at this one",
+    )
+    recipe = parser.add_argument_group("recipe", "what is not given takes SparsityConfig's default")
+    recipe.add_argument("--method", choices=sorted(METHODS), help="by perplexity; by error always a SparseGPT sweep")
+    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help="unstructured [0.5]")
+    recipe.add_argument("--patterns", nargs="+", metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]")
+    _add_recipe(parser, recipe)
+    _add_evaluation(parser)
+    _add_loading(parser)
+    parser.set_defaults(run_sparse=_sensitivity)
+
+
+def _sensitivity(args: argparse.Namespace) -> None:
+    options = _recipe(args) | dict(_setting(text) for text in args.set or []) | {"pattern": "unstructured"}
+    sparsities = args.sparsities or ([] if args.patterns else [0.5])
+    patterns = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
+    patterns += [parse_pattern(pattern) for pattern in args.patterns or []]
+    config = SparsityConfig.from_dict(options)
+    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    evaluate, _ = _evaluation(args, tokenizer)
+    loss = None if args.by == "error" else lambda pruned: math.log(evaluate(pruned)["perplexity"])
+    result = measure_sensitivity(model, config, patterns, loss, tokenizer=tokenizer)
+    print(result)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    result.save(folder / "sensitivity.json")
+    _draw(plot_sensitivity, result, folder / "sensitivity.png")
+    if args.allocate is not None:
+        chosen = {"sparsity": args.allocate, "allocation": result.allocation(args.allocate)}
+        with atomically(folder / "recipe.json") as temporary:
+            temporary.write_text(json.dumps(options | chosen, indent=1) + "\n", encoding="utf-8")
+
+
+def _draw(plot: Callable[[Any, Path], None], result: Any, path: Path) -> None:
+    """The picture, or why there is none: all else is written by now."""
+    try:
+        plot(result, path)
+    except ImportError as error:
+        print(f"no {path.name}: {error} Then repeat the command.", file=sys.stderr)
 
 
 def _add_info(commands: Any) -> None:

@@ -120,6 +120,33 @@ def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path
     assert found["tasks"]["words"]["items"] == found["dense"]["tasks"]["words"]["items"] == 5
 
 
+def test_sweep_writes_every_point_and_repeats_none(tiny_llama, text, tmp_path, capsys):
+    data = ["--dataset", str(text), "--num-samples", "4", "--sequence-length", "32"]
+    command = ["sweep", str(tiny_llama), "--output", str(tmp_path), *data, "--text", str(text), "--window", "64"]
+    command += ["--methods", "magnitude", "fast", "--sparsities", "0.5", "--patterns", "2:4", "--set", "fisher=false"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("dense: perplexity", "magnitude", "fast", "2:4"))
+    first = (tmp_path / "sweep.json").read_bytes()
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 6
+    assert main(command) == 0
+    assert (tmp_path / "sweep.json").read_bytes() == first
+    assert main([*command, "--max-windows", "2"]) == 1
+    assert "settings.max_windows was None and is 2" in capsys.readouterr().err
+
+
+def test_sensitivity_writes_a_recipe_that_prune_takes(tiny_llama, text, tmp_path, capsys):
+    data = ["--dataset", str(text), "--num-samples", "4", "--sequence-length", "32"]
+    command = ["sensitivity", str(tiny_llama), "--output", str(tmp_path), *data, "--text", str(text), "--window", "64"]
+    for more in (["--by", "perplexity", "--max-windows", "1"], []):
+        assert main([*command, "--sparsities", "0.3", "0.7", "--allocate", "0.5", *more]) == 0
+        assert "model.layers.0.mlp.down_proj" in capsys.readouterr().out
+    recipe = ["--config", str(tmp_path / "recipe.json")]
+    assert main(["prune", str(tiny_llama), "--output", str(tmp_path / "out"), *recipe]) == 0
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["allocated"] == pytest.approx(json.loads((tmp_path / "recipe.json").read_text())["allocation"])
+
+
 def test_info_counts_the_bytes_of_the_file(pruned, capsys):
     assert main(["info", str(pruned), "--layers"]) == 0
     printed = capsys.readouterr().out
@@ -197,7 +224,8 @@ def test_module_and_optimum_cli_offer_the_same_commands():
         [sys.executable, "-m", "optimum.commands.optimum_cli", "sparse"],
     ):
         printed = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120).stdout
-        assert all(name in printed for name in ("prune", "eval", "info", "export", "convert", "bench")), printed
+        names = ("prune", "eval", "sweep", "sensitivity", "info", "export", "convert", "bench")
+        assert all(name in printed for name in names), printed
 
 
 def test_an_interrupted_run_goes_on(tiny_llama, text, tmp_path, monkeypatch, caplog):

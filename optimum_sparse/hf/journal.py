@@ -81,7 +81,7 @@ class Journal:
 
     def _check(self, manifest: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
-        found = list(_differences(json.loads(path.read_text(encoding="utf-8")), manifest)) if path.exists() else []
+        found = list(differences(json.loads(path.read_text(encoding="utf-8")), manifest)) if path.exists() else []
         if found:
             raise ValueError(
                 f"{self.folder} holds an unfinished run that differs from this one: {'; '.join(found[:4])}. Run with "
@@ -201,10 +201,11 @@ class Journal:
         self.folder.rmdir()
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """In words, by the dotted name of what differs in two trees of dicts."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     elif before != now:
         yield f"{name} was {before!r} and is {now!r}"
 

@@ -41,6 +41,7 @@ def prune_model(
     tokenizer: Any = None,
     dataset: Any = None,
     method: Method | None = None,
+    kept: Callable[[str, Callable[[], Any]], Any] | None = None,
     journal: Journal | None = None,
     save_block: Callable[[Block, SparsityConfig], list[str]] | None = None,
 ) -> tuple[SparsityConfig, PruningReport]:
@@ -51,7 +52,9 @@ def prune_model(
     Args:
         dataset: in place of config.dataset; may also be a DataLoader.
         method: in place of the one that config.method names.
-        journal: keeps what is done, and knows what an earlier run has done.
+        kept: (name, compute) -> `compute()`, or what it was before: of the phases before pruning, which are "tokens",
+            "sensitivity" and "allocation". They are read only.
+        journal: keeps what is done, these included, and knows what an earlier run has done.
         save_block: saves a finished block, which is then dropped, following the config as it is to be stored so far;
             returns the names of the files. Goes with `journal`.
 
@@ -85,7 +88,8 @@ def prune_model(
     plan = make_plan(model, config)
     ranks.check_devices(execution_device(linear.module) for block in plan.blocks for linear in block.linears)
     report = PruningReport(method=name, base_model=_hub_id(model))
-    kept = _computed if journal is None else journal.kept
+    if kept is None:
+        kept = _computed if journal is None else journal.kept
     before = {} if journal is None else journal.seconds
 
     @contextlib.contextmanager
@@ -95,13 +99,13 @@ def prune_model(
         yield
         report.seconds[name] += time.perf_counter() - started
 
-    with _evaluating(model):
+    with evaluating(model):
         calls: Calls | None = None
         batches: list[dict[str, Tensor]] = []
         sensitivity: Sensitivity | None = None
         if method.needs > Needs.NOTHING or measures_layers(config):
             with phase("calibration data"):
-                batches = kept("tokens", lambda: _batches(model, config, data, tokenizer))
+                batches = kept("tokens", lambda: token_batches(model, config, data, tokenizer))
                 if data == "self":
                     batches = ranks.gathered(batches)[0]  # not every device samples the same
                 if method.needs is Needs.GRAM:
@@ -252,7 +256,9 @@ def _arguments(model: PreTrainedModel, blocks: list[Block], batches: list[dict[s
     return record_calls(model, [block.module for block in blocks], small, _Shapes()).arguments
 
 
-def _batches(model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any) -> list[dict[str, Tensor]]:
+def token_batches(
+    model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any
+) -> list[dict[str, Tensor]]:
     """Token batches of `data` that fit the model."""
     if isinstance(data, str | list):
         _check_length(model, config.sequence_length)
@@ -270,7 +276,7 @@ def _batches(model: PreTrainedModel, config: SparsityConfig, data: Any, tokenize
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """In evaluation mode; each module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,0 +1,88 @@
+"""Losses of one matrix at a time: against pruning just that one; and what an allocation makes of them."""
+
+import math
+
+import pytest
+from models import SAMPLES, TOKENS, assert_same_weights, make_model, token_ids, weights_of
+
+from optimum_sparse import Pruner, SparsityConfig
+from optimum_sparse.core import NM, Unstructured
+from optimum_sparse.evaluation import LossIncrease, measure_sensitivity, perplexity, plot_sensitivity
+
+
+DATA = dict(dataset=token_ids(), num_samples=SAMPLES, sequence_length=TOKENS)
+PATTERNS = [Unstructured(0.3), Unstructured(0.7), NM(2, 4)]
+
+
+def config(**changes) -> SparsityConfig:
+    return SparsityConfig(**{"method": "sparsegpt", "pattern": "unstructured"} | DATA | changes)
+
+
+def loss(model) -> float:
+    return math.log(perplexity(model, None, token_ids(8, seed=5)).perplexity)
+
+
+def test_by_perplexity_is_pruning_that_one_alone():
+    model = make_model("llama")
+    dense = {name: tensor.clone() for name, tensor in weights_of(model).items()}
+    found = measure_sensitivity(model, config(), PATTERNS, loss)
+    assert_same_weights(model, dense)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        paper = SparsityConfig.recipe(
+            "paper", "2:4", **{k: v for k, v in vars(config(targets=[name])).items() if k in DATA}
+        )
+        alone = Pruner.from_pretrained(make_model("llama")).prune(paper)
+        assert found.layers[name][2] == pytest.approx(loss(alone) - loss(model), abs=1e-5)
+
+
+def test_by_error_is_what_the_likelihood_feels():
+    """Rises with sparsity, adds up to blocks, and leaves the model as it was."""
+    model = make_model("llama")
+    dense = {name: tensor.clone() for name, tensor in weights_of(model).items()}
+    found = measure_sensitivity(model, config(), PATTERNS)
+    assert_same_weights(model, dense)
+    assert len(found.layers) == 14
+    assert all(0 < low < high for low, high, _ in found.layers.values())
+    for block, values in found.blocks.items():
+        parts = [losses for name, losses in found.layers.items() if name.startswith(f"{block}.")]
+        assert values == pytest.approx([sum(column) for column in zip(*parts, strict=True)])
+
+
+def test_a_fused_expert_is_one_matrix_by_error_and_refused_by_perplexity():
+    found = measure_sensitivity(make_model("mixtral"), config(), [NM(2, 4)])
+    assert any(".experts.0." in name for name in found.layers)
+    with pytest.raises(ValueError, match="measure by error"):
+        measure_sensitivity(make_model("mixtral"), config(), [NM(2, 4)], loss)
+
+
+def test_its_allocation_is_taken_by_a_config(tmp_path):
+    found = measure_sensitivity(make_model("llama"), config(), PATTERNS)
+    found.save(tmp_path / "sensitivity.json")
+    assert LossIncrease.load(tmp_path / "sensitivity.json") == found
+    chosen = found.allocation(0.5)
+    assert sum(chosen[n] * found.sizes[n] for n in chosen) / sum(found.sizes.values()) == pytest.approx(0.5)
+    assert len({round(value, 4) for value in chosen.values()}) > 2
+    recipe = config(method="magnitude", sparsity=0.5, allocation=chosen)
+    model = Pruner.from_pretrained(make_model("llama")).prune(recipe)
+    for name, sparsity in chosen.items():
+        assert (model.get_parameter(f"{name}.weight") == 0).float().mean().item() == pytest.approx(sparsity, abs=1e-3)
+    with pytest.raises(ValueError, match="two unstructured sparsities"):
+        LossIncrease("error", ["2:4"], {"a": [1.0]}, {}, {"a": 4}).allocation(0.5)
+
+
+def test_gains_are_noise_and_the_table_begins_with_blocks():
+    found = LossIncrease(
+        "perplexity",
+        ["unstructured 0.3", "unstructured 0.7"],
+        {"m.0.a": [-0.1, -0.2], "m.0.b": [0.1, 2.0]},
+        {"m.0": [0.0, 1.8]},
+        {"m.0.a": 10, "m.0.b": 10},
+    )
+    assert found.allocation(0.5) == pytest.approx({"m.0.a": 0.7, "m.0.b": 0.3}, abs=5e-3)
+    assert [line.split()[0] for line in str(found).splitlines()] == ["loss", "m.0", "m.0.b", "m.0.a"]
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_sensitivity(measure_sensitivity(make_model("llama"), config(), PATTERNS), tmp_path / "map.svg")
+    assert "self_attn.q_proj" in (tmp_path / "map.svg").read_text()
