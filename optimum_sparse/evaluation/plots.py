@@ -9,7 +9,7 @@ from .sweep import SweepResult
 
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-MARKS = ("*", "D", "P", "X", "^", "v")
+MARKS = ("s", "D", "P", "X", "^", "v")
 NAMES = {"perplexity": "perplexity (lower is better)"}
 DECADE = 10  # values further apart than this are drawn on a log axis
 
