@@ -28,9 +28,7 @@ def test_by_perplexity_is_pruning_that_one_alone():
     found = measure_sensitivity(model, config(), PATTERNS, loss)
     assert_same_weights(model, dense)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
-        paper = SparsityConfig.recipe(
-            "paper", "2:4", **{k: v for k, v in vars(config(targets=[name])).items() if k in DATA}
-        )
+        paper = SparsityConfig.recipe("paper", "2:4", method="sparsegpt", targets=[name], **DATA)
         alone = Pruner.from_pretrained(make_model("llama")).prune(paper)
         assert found.layers[name][2] == pytest.approx(loss(alone) - loss(model), abs=1e-5)
 

@@ -190,7 +190,7 @@ def test_going_on_redoes_one_block(case, source, tmp_path, monkeypatch, caplog):
     assert "2 blocks are done: run the same again" in caplog.text
     solved = []
     with monkeypatch.context() as patch:
-        for phase in ("fisher", "allocate", "_batches"):
+        for phase in ("fisher", "allocate", "token_batches"):
             patch.setattr(f"optimum_sparse.hf.prune.{phase}", None)
         prune = streaming._save_part
         patch.setattr(streaming, "_save_part", lambda *args: solved.append(args[2]) or prune(*args))
