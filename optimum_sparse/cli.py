@@ -95,6 +95,12 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
     return {"dtype": args.dtype, "device_map": args.device_map, "trust_remote_code": args.trust_remote_code}
 
 
+def _load(args: argparse.Namespace, source: str, **more: Any) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer)"""
+    model = AutoModelForCausalLM.from_pretrained(source, **_loading(args), **more)
+    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+
+
 def _add_prune(commands: Any) -> None:
     defaults = {field.name: field.default for field in fields(SparsityConfig)}
     parser = _command(
@@ -161,19 +167,18 @@ def _add_recipe(parser: argparse.ArgumentParser, group: Any) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SparsityConfig that were given."""
+    """The fields of SparsityConfig that were given, by options of their own or by --set."""
     given = {field.name: getattr(args, field.name, None) for field in fields(SparsityConfig)}
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value is not None} | dict(map(_setting, args.set or []))
 
 
 def _prune(args: argparse.Namespace) -> None:
-    options = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
-    options |= _recipe(args)
     if args.config and args.recipe:
         raise ValueError("--config and --recipe: a stored config holds every field; give one of them.")
-    if args.config and args.method:  # a stored config says what its own method did
+    options = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
+    if args.method:  # a stored config says what its own method did
         options = {name: value for name, value in options.items() if name not in SECOND_ORDER}
-    options |= dict(_setting(text) for text in args.set or [])
+    options |= _recipe(args)
     if args.layers:
         options["layers"] = dict(_override(text) for text in args.layers)
     if args.pattern and args.pattern != "unstructured" and args.sparsity is None:
@@ -272,8 +277,7 @@ def _measure(
     args: argparse.Namespace, source: str, **loading: Any
 ) -> tuple[PreTrainedModel, dict[str, Perplexity | TaskScore]]:
     """What is asked for, of one model."""
-    model = AutoModelForCausalLM.from_pretrained(source, **_loading(args), **loading)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = _load(args, source, **loading)
     found: dict[str, Perplexity | TaskScore] = {}
     if args.dataset or not args.tasks:
         sizes = {"window": args.window, "max_windows": args.max_windows, "batch_size": args.batch_size}
@@ -327,15 +331,18 @@ def _add_sweep(commands: Any) -> None:
         help=f"methods ({', '.join(METHODS)}) and recipes ({', '.join(RECIPES)}), as `prune` takes them "
         "[magnitude wanda sparsegpt]",
     )
-    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help="unstructured [0.3 0.5 0.7]")
-    recipe.add_argument("--patterns", nargs="+", metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]")
-    _add_recipe(parser, recipe)
-    _add_evaluation(parser)
-    _add_loading(parser)
+    _add_points(parser, recipe, "0.3 0.5 0.7")
     parser.set_defaults(run_sparse=_sweep)
 
 
-def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+def _add_points(parser: argparse.ArgumentParser, recipe: Any, sparsities: str) -> None:
+    """What every command that prunes one model in several ways takes: how, and what to measure."""
+    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help=f"unstructured [{sparsities}]")
+    recipe.add_argument(
+        "--patterns", nargs="+", default=[], metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]"
+    )
+    _add_recipe(parser, recipe)
+    _add_loading(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--text", default="wikitext2", help="for perplexity: as `eval --dataset` [wikitext2]")
     _add_windows(group)
@@ -353,11 +360,9 @@ def _evaluation(args: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[Any
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    options = _recipe(args) | dict(_setting(text) for text in args.set or [])
     sparsities = args.sparsities or ([] if args.patterns else [0.3, 0.5, 0.7])
-    points = grid(args.methods, sparsities, args.patterns or [], **options)
-    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args))
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    points = grid(args.methods, sparsities, args.patterns, **_recipe(args))
+    model, tokenizer = _load(args, args.model)
     evaluate, settings = _evaluation(args, tokenizer)
     result = sweep(model, points, evaluate, args.output, tokenizer=tokenizer, settings=settings)
     print(result)
@@ -388,22 +393,17 @@ def _add_sensitivity(commands: Any) -> None:
     )
     recipe = parser.add_argument_group("recipe", "what is not given takes SparsityConfig's default")
     recipe.add_argument("--method", choices=sorted(METHODS), help="by perplexity; by error always a SparseGPT sweep")
-    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help="unstructured [0.5]")
-    recipe.add_argument("--patterns", nargs="+", metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]")
-    _add_recipe(parser, recipe)
-    _add_evaluation(parser)
-    _add_loading(parser)
+    _add_points(parser, recipe, "0.5")
     parser.set_defaults(run_sparse=_sensitivity)
 
 
 def _sensitivity(args: argparse.Namespace) -> None:
-    options = _recipe(args) | dict(_setting(text) for text in args.set or []) | {"pattern": "unstructured"}
+    options = _recipe(args) | {"pattern": "unstructured"}
     sparsities = args.sparsities or ([] if args.patterns else [0.5])
     patterns = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
-    patterns += [parse_pattern(pattern) for pattern in args.patterns or []]
+    patterns += [parse_pattern(pattern) for pattern in args.patterns]
     config = SparsityConfig.from_dict(options)
-    model = AutoModelForCausalLM.from_pretrained(args.model, **_loading(args))
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = _load(args, args.model)
     evaluate, _ = _evaluation(args, tokenizer)
     loss = None if args.by == "error" else lambda pruned: math.log(evaluate(pruned)["perplexity"])
     result = measure_sensitivity(model, config, patterns, loss, tokenizer=tokenizer)
@@ -441,10 +441,9 @@ def _add_info(commands: Any) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    loading = {"trust_remote_code": args.trust_remote_code}
-    found = survey(args.model, **loading)
-    if found.source.recipe is not None:
-        print(inspect(args.model, **loading), end="\n\n")
+    found = survey(args.model, trust_remote_code=args.trust_remote_code)
+    if found.source.info is not None:
+        print(found.source.info, end="\n\n")
     elif found.source.legacy is not None:
         print(f"{found.source.legacy}, which has to be converted: optimum-cli sparse convert", end="\n\n")
     if args.layers:

@@ -56,6 +56,15 @@ def test_options_win_over_a_config_file(tiny_llama, text, tmp_path):
     assert (stored["method"], stored["sparsity"], stored["layers"]) == ("magnitude", 0.3, {"down_proj": "4:8"})
 
 
+def test_another_method_drops_what_a_config_file_says_of_its_own_and_nothing_that_is_given(tiny_llama, text, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"method": "admm", "staged": False, "input_shift": 0.1}))
+    more = ["--config", str(tmp_path / "recipe.json"), "--method", "sparsegpt", "--set", "input_shift=0.25"]
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more, "--set", "fisher=false")) == 0
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    given = ("method", "staged", "input_shift", "fisher")
+    assert [stored[name] for name in given] == ["sparsegpt", True, 0.25, False]
+
+
 def test_a_recipe_and_any_other_field(tiny_llama, text, tmp_path):
     settings = ["damping=0.02", "input_shift=0.25", "staged=false", 'denser={"dense": 0.1}', "block_name=model.layers"]
     more = ["--recipe", "fast", "--refine", "reconstruct", "--set", "reconstruction_passes=1"]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import load_documents
 from ..hf.placement import execution_device
+from ..hf.prune import evaluating
 from ..kernels.precision import onednn_fp32
 
 
@@ -69,15 +70,10 @@ def perplexity(
     ids = ids[:max_windows]
     device = execution_device(model.get_input_embeddings())
     started = time.perf_counter()
-    training = model.training
-    model.eval()
     losses = []
-    try:
-        with onednn_fp32():
-            for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
-                losses.append(_window_losses(model, batch.to(device)).double().cpu())
-    finally:
-        model.train(training)
+    with evaluating(model), onednn_fp32():
+        for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
+            losses.append(_window_losses(model, batch.to(device)).double().cpu())
     loss = torch.cat(losses)
     value = math.exp(loss.mean().item())
     error = value * (loss.std() / len(loss) ** 0.5).item() if len(loss) > 1 else math.nan

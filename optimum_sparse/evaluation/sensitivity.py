@@ -25,6 +25,7 @@ from ..hf.prune import evaluating, token_batches
 from ..hf.sensitivity import fisher
 from ..methods import Method
 from ..pipeline import Linear, prune_blocks
+from ..report import aligned
 
 
 LEAST = 1e-7  # nats: a loss measured as nothing, or as a gain, is noise
@@ -76,11 +77,9 @@ class LossIncrease:
     def __str__(self) -> str:
         """A table: blocks in order, then matrices, most sensitive first under the last pattern."""
         layers = sorted(self.layers.items(), key=lambda item: -item[1][-1])
-        rows = [("loss increase, nats per token", [*self.patterns])]
-        rows += [(name, [f"{value:.5f}" for value in values]) for name, values in [*self.blocks.items(), *layers]]
-        width = max(len(name) for name, _ in rows)
-        cells = max(len(cell) for _, values in rows for cell in values)
-        return "\n".join("  ".join([name.ljust(width), *(c.rjust(cells) for c in values)]) for name, values in rows)
+        rows = [("loss increase, nats per token", *self.patterns)]
+        rows += [(name, *(f"{value:.5f}" for value in values)) for name, values in [*self.blocks.items(), *layers]]
+        return "\n".join(aligned(rows))
 
 
 def measure_sensitivity(

@@ -32,6 +32,7 @@ from ..hf.journal import differences
 from ..hf.placement import execution_device, onload
 from ..hf.prune import prune_model
 from ..methods import METHODS
+from ..report import aligned
 from ..version import __version__
 
 
@@ -111,15 +112,10 @@ class SweepResult:
         """A table of the first metric: a row per label, a column per pattern."""
         patterns = list(dict.fromkeys(point.pattern for point in self.points))
         found = {(point.label, point.pattern): f"{point.measured[self.metric]:.4g}" for point in self.points}
-        rows = [[self.metric, *(pattern.removeprefix("unstructured ") for pattern in patterns)]]
+        rows = [(self.metric, *(pattern.removeprefix("unstructured ") for pattern in patterns))]
         for label in dict.fromkeys(point.label for point in self.points):
-            rows.append([label, *(found.get((label, pattern), "-") for pattern in patterns)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"dense: {self.metric} {self.dense[self.metric]:.4g}"]
-        for row in rows:
-            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            lines.append("  ".join(cells))
-        return "\n".join(lines)
+            rows.append((label, *(found.get((label, pattern), "-") for pattern in patterns)))
+        return "\n".join([f"dense: {self.metric} {self.dense[self.metric]:.4g}", *aligned(rows)])
 
 
 def grid(

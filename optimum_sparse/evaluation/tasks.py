@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..hf.placement import execution_device
+from ..hf.prune import evaluating
 from ..kernels.precision import onednn_fp32
 
 
@@ -200,23 +201,18 @@ def log_likelihoods(
     greedy = torch.zeros(len(continuations), dtype=torch.bool)
     order = sorted(range(len(continuations)), key=lambda index: len(continuations[index].ids), reverse=True)
     device = execution_device(model.get_input_embeddings())
-    training = model.training
-    model.eval()
-    try:
-        with onednn_fp32():
-            for first in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", leave=False):
-                chosen = order[first : first + batch_size]
-                width = len(continuations[chosen[0]].ids)
-                ids = torch.tensor([continuations[i].ids + [0] * (width - len(continuations[i].ids)) for i in chosen])
-                logits = model(input_ids=ids.to(device), use_cache=False).logits
-                for row, index in enumerate(chosen):
-                    tokens, start = continuations[index]
-                    scores = logits[row, start - 1 : len(tokens) - 1].float().log_softmax(-1)
-                    wanted = torch.tensor(tokens[start:], device=scores.device)
-                    likelihood[index] = scores.gather(1, wanted[:, None]).double().sum()
-                    greedy[index] = bool((scores.argmax(-1) == wanted).all())
-    finally:
-        model.train(training)
+    with evaluating(model), onednn_fp32():
+        for first in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", leave=False):
+            chosen = order[first : first + batch_size]
+            width = len(continuations[chosen[0]].ids)
+            ids = torch.tensor([continuations[i].ids + [0] * (width - len(continuations[i].ids)) for i in chosen])
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
+            for row, index in enumerate(chosen):
+                tokens, start = continuations[index]
+                scores = logits[row, start - 1 : len(tokens) - 1].float().log_softmax(-1)
+                wanted = torch.tensor(tokens[start:], device=scores.device)
+                likelihood[index] = scores.gather(1, wanted[:, None]).double().sum()
+                greedy[index] = bool((scores.argmax(-1) == wanted).all())
     return likelihood, greedy
 
 

@@ -24,6 +24,7 @@ from ..pipeline import Linear
 from ..report import LayerReport, PruningReport, aligned
 from .blocks import Plan, full_name, make_plan
 from .checkpoint import (
+    CheckpointInfo,
     inspect,
     legacy_format,
     name_shards,
@@ -66,7 +67,7 @@ class Checkpoint:
     Attributes:
         content: config.json.
         legacy: the one of `formats.legacy` that it is stored in, if it is.
-        recipe: of a checkpoint in this package's format.
+        info: of a checkpoint in this package's format: its recipe, and what its headers say.
         model: its skeleton, on meta.
         plan: all linears of the decoder blocks.
     """
@@ -74,7 +75,7 @@ class Checkpoint:
     folder: Path
     content: dict[str, Any]
     legacy: str | None
-    recipe: SparsityConfig | None
+    info: CheckpointInfo | None
     model: PreTrainedModel
     plan: Plan
 
@@ -95,16 +96,14 @@ class Checkpoint:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, **loading)
         stored = content.get("quantization_config")
-        recipe = None
-        if isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
-            inspect(str(folder), **loading)
-            recipe = read_config(str(folder), **loading)[1]
+        ours = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
+        info = inspect(str(folder), **loading) if ours else None
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **loading)
         everything = SparsityConfig(
-            method="magnitude", pattern="unstructured", block_name=None if recipe is None else recipe.block_name
+            method="magnitude", pattern="unstructured", block_name=None if info is None else info.config.block_name
         )
-        return cls(folder, content, legacy_format(content), recipe, model, make_plan(model, everything, strict=False))
+        return cls(folder, content, legacy_format(content), info, model, make_plan(model, everything, strict=False))
 
     def tensors(self) -> Iterator[Stored]:
         """All tensors, file by file.
@@ -121,7 +120,7 @@ class Checkpoint:
         known = names_in_model(self.model, get_model_conversion_mapping(self.model), groups)
         shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         linears = self.plan.linears
-        pruned = {} if self.recipe is None else make_plan(self.model, self.recipe, strict=False).linears
+        pruned = {} if self.info is None else make_plan(self.model, self.info.config, strict=False).linears
         with contextlib.ExitStack() as stack:
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file in files}
             for group, names in tqdm(groups.items(), desc="Reading", unit="tensor", leave=False):
@@ -145,7 +144,7 @@ class Checkpoint:
         owner, _, key = name.rpartition(".")
         if self.legacy is not None and key in legacy.TENSORS[self.legacy]:
             return f"{owner.removesuffix('.weight')}.weight", key
-        if self.recipe is not None and key in bitmask.SUFFIXES:
+        if self.info is not None and key in bitmask.SUFFIXES:
             return f"{owner}.weight", key
         return name, "weight"
 

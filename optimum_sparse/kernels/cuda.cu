@@ -547,7 +547,7 @@ struct Part {
   }
 };
 
-// What a warpgroup, the `group`th of its block, does with its sums of the tile that a part is at: 64 rows of W, by TOKENS.
+// What a warpgroup, the `group`th of its block, does with its sums, 64 rows of W by TOKENS, of the tile that a part is at.
 template <bool BF16, int GROUPS, int TOKENS>
 __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, float (&sum)[TOKENS / 2], int group) {
   constexpr int FOURS = TOKENS / 8, TOGETHER = TOKENS < 64 ? 64 / TOKENS : 1;  // pieces that are on their way at a time
@@ -613,7 +613,8 @@ template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKEN
 __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
   SHARED(memory);
   constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
-  constexpr int STAGES = TOKENS == 64 || TOKENS == 256 ? 2 : 3, ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
+  constexpr int ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
+  constexpr int STAGES = TOKENS == 64 || TOKENS == 256 ? 2 : 3;  // as many as there is room for
   constexpr int AHEAD = WORDS == 1 ? 3 : 1;  // steps that a lane has asked for
   constexpr int EXTRA = OVERFLOW ? 4 : 0;    // and overflow, of the step that it is at
   typedef Words<SLOTS, false> Word;
@@ -626,7 +627,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   Part now(call, spans, blockIdx.x), later = now;
   int stage = 0, turn = 0;
 
-  // Warps that expand walk twice over the part's steps: one walk asks for words, the other expands them, AHEAD steps behind.
+  // Warps that expand walk twice over the part's steps: one walk asks for words, the other, AHEAD steps behind, expands.
   const int mine = warp - 4 * GROUPS, part = lane % 4;
   int at, row_asked, more = 0;  // the words that are asked for next, and how often before the tile ends
   auto first_row = [&](const Part& part) { return part.tile / token_tiles * ROWS + 8 * mine; };
@@ -657,8 +658,8 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 
   if (mine >= 0) {
     const u32 minus_one = opaque(0xffffffff);  // what it multiplies is subtracted by units that have less to do
-    int left = 0;                          // steps of the tile
-    const char* x;                         // of the next step
+    int left = 0;                         // steps of the tile
+    const char* x;                        // of the next step
     int overflow[WORDS], no_more[WORDS];  // of what is next in a row, and after the row
     auto enter = [&]() INLINE {
       left = now.stop - now.at;

@@ -103,9 +103,15 @@ def prune_blocks(
     dense_hidden = calls.dense_hidden if calls is not None and follow else None
     reports: list[LayerReport] = []
     try:
-        # leave=None: it stays, unless it is inside another bar
-        options = {"initial": start, "total": len(blocks), "leave": None, "disable": ranks.rank() > 0}
-        progress = tqdm(blocks[start:], desc=description, unit="block", **options)
+        progress = tqdm(
+            blocks[start:],
+            desc=description,
+            unit="block",
+            initial=start,
+            total=len(blocks),
+            leave=None,  # it stays, unless it is inside another bar
+            disable=ranks.rank() > 0,
+        )
         for index, block in enumerate(progress, start):
             with onload(block.module):
                 dense = [linear.weight.data for linear in block.linears]

@@ -11,16 +11,16 @@ from optimum_sparse.formats import legacy
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MATRICES = {
+    "rows": st.integers(1, 5),
+    "zeros": st.sampled_from([0.0, 0.5, 1.0]),
+    "dtype": st.sampled_from(DTYPES),
+    "column": st.booleans(),
+}
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 40),
-    zeros=st.sampled_from([0.0, 0.5, 1.0]),
-    dtype=st.sampled_from(DTYPES),
-    column=st.booleans(),
-)
+@given(columns=st.integers(1, 40), **MATRICES)
 def test_sparse_bitmask(rows, columns, zeros, dtype, column):
     weight = random_weight(rows, columns).to(dtype)
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(columns)) < zeros] = 0
@@ -31,13 +31,7 @@ def test_sparse_bitmask(rows, columns, zeros, dtype, column):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 5),
-    groups=st.integers(1, 9),
-    zeros=st.sampled_from([0.0, 0.5, 1.0]),
-    dtype=st.sampled_from(DTYPES),
-    column=st.booleans(),
-)
+@given(groups=st.integers(1, 9), **MATRICES)
 def test_sparse_24_bitmask(rows, groups, zeros, dtype, column):
     """Zeros beyond the pattern are among the values."""
     weight = random_weight(rows, 4 * groups)
