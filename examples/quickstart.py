@@ -93,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     with new_directory(sparse_path) as directory:
         model.to(torch.bfloat16).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     timed("save", started)
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(sparse_path, dtype=torch.float32)

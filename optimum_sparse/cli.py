@@ -97,8 +97,14 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
 
 def _load(args: argparse.Namespace, source: str, **more: Any) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer)"""
-    model = AutoModelForCausalLM.from_pretrained(source, **_loading(args), **more)
-    return model, AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source!r} has no tokenizer that can be loaded, and text needs one: save that of the dense model there, "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained({source!r}). ({str(error).splitlines()[0]})"
+        ) from error
+    return AutoModelForCausalLM.from_pretrained(source, **_loading(args), **more), tokenizer
 
 
 def _add_prune(commands: Any) -> None:

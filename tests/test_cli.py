@@ -116,6 +116,12 @@ def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp
     assert row in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_eval_of_a_folder_without_a_tokenizer_says_how_to_get_one(pruned, text, tmp_path, capsys):
+    shutil.copytree(pruned, tmp_path / "out", ignore=shutil.ignore_patterns("token*"))
+    assert main(["eval", str(tmp_path / "out"), "--dataset", str(text)]) == 1
+    assert "has no tokenizer that can be loaded, and text needs one: save that of the dense" in capsys.readouterr().err
+
+
 def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path, capsys):
     rows = [{"context": f"w{i} w{i + 1}", "continuation": f"w{i + 2}"} for i in range(3, 9)]
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
