@@ -31,7 +31,7 @@ def plot_sweep(result: SweepResult, path: str | PathLike, metric: str | None = N
     figure, axes = _figure(7.2, 4.6)
     dense = result.dense[metric]
     axes.axhline(dense, color="#555555", linestyle=(0, (4, 3)), linewidth=1.2, label=f"dense, {dense:.4g}", zorder=1)
-    patterns = list(dict.fromkeys(point.pattern for point in result.points if ":" in point.pattern))
+    patterns = [pattern for pattern in result.patterns if ":" in pattern]
     labels = list(dict.fromkeys(point.label for point in result.points))
     for number, label in enumerate(labels):
         colour = COLOURS[number % len(COLOURS)]

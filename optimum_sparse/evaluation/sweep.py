@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import RECIPES, SparsityConfig, describe_dataset
-from ..core import parse_pattern
+from ..core import NM, parse_pattern
 from ..hf.blocks import find_blocks, make_plan
 from ..hf.checkpoint import atomically
 from ..hf.journal import differences
@@ -81,6 +81,17 @@ class SweepResult:
         """The first that `evaluate` returned."""
         return next(iter(self.dense))
 
+    @property
+    def patterns(self) -> list[str]:
+        """Those of all points: unstructured by sparsity, then N:M by sparsity, coarse ones first."""
+
+        def place(name: str) -> tuple[bool, float, int]:
+            kind, _, sparsity = name.partition(" ")
+            pattern = parse_pattern(kind, float(sparsity) if sparsity else None)
+            return isinstance(pattern, NM), pattern.sparsity, getattr(pattern, "group", 0)
+
+        return sorted({point.pattern for point in self.points}, key=place)
+
     @classmethod
     def load(cls, folder: str | PathLike) -> "SweepResult":
         """What `sweep` has written so far."""
@@ -110,7 +121,7 @@ class SweepResult:
 
     def __str__(self) -> str:
         """A table of the first metric: a row per label, a column per pattern."""
-        patterns = list(dict.fromkeys(point.pattern for point in self.points))
+        patterns = self.patterns
         found = {(point.label, point.pattern): f"{point.measured[self.metric]:.4g}" for point in self.points}
         rows = [(self.metric, *(pattern.removeprefix("unstructured ") for pattern in patterns))]
         for label in dict.fromkeys(point.label for point in self.points):
