@@ -242,7 +242,8 @@ def _add_eval(commands: Any) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="local .jsonl files, folders of them, or names that lm-eval knows; see optimum_sparse.evaluation.tasks",
+        help="local .jsonl files, folders of them, names that lm-eval knows, or YAML files in its format; see "
+        "optimum_sparse.evaluation.tasks",
     )
     parser.add_argument("--max-items", type=int, help="of each task, only the first ones")
     parser.add_argument("--batch-size", type=int, default=1, help="windows, or items, per forward pass [1]")
