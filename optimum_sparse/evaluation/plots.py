@@ -25,7 +25,7 @@ def plot_sweep(result: SweepResult, path: str | PathLike, metric: str | None = N
         ImportError: matplotlib is missing, naming the extra.
         ValueError: no such metric.
     """
-    metric = metric or result.metric
+    metric = metric or result.metrics[0]
     if metric not in result.dense:
         raise ValueError(f"metric={metric!r}: was not measured; these were: {', '.join(result.dense)}.")
     figure, axes = _figure(7.2, 4.6)

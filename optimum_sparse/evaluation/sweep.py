@@ -77,9 +77,9 @@ class SweepResult:
     points: list[Point]
 
     @property
-    def metric(self) -> str:
-        """The first that `evaluate` returned."""
-        return next(iter(self.dense))
+    def metrics(self) -> list[str]:
+        """What `evaluate` returned, without standard errors."""
+        return [name for name in self.dense if not name.endswith("_stderr")]
 
     @property
     def patterns(self) -> list[str]:
@@ -120,13 +120,17 @@ class SweepResult:
         return text.getvalue()
 
     def __str__(self) -> str:
-        """A table of the first metric: a row per label, a column per pattern."""
+        """A table for every metric: a row per label, a column per pattern."""
         patterns = self.patterns
-        found = {(point.label, point.pattern): f"{point.measured[self.metric]:.4g}" for point in self.points}
-        rows = [(self.metric, *(pattern.removeprefix("unstructured ") for pattern in patterns))]
-        for label in dict.fromkeys(point.label for point in self.points):
-            rows.append((label, *(found.get((label, pattern), "-") for pattern in patterns)))
-        return "\n".join([f"dense: {self.metric} {self.dense[self.metric]:.4g}", *aligned(rows)])
+        names = [pattern.removeprefix("unstructured ") for pattern in patterns]
+        tables = []
+        for metric in self.metrics:
+            found = {(point.label, point.pattern): f"{point.measured[metric]:.4g}" for point in self.points}
+            rows = [(metric, *names)]
+            for label in dict.fromkeys(point.label for point in self.points):
+                rows.append((label, *(found.get((label, pattern), "-") for pattern in patterns)))
+            tables.append("\n".join([f"dense: {metric} {self.dense[metric]:.4g}", *aligned(rows)]))
+        return "\n\n".join(tables)
 
 
 def grid(
