@@ -81,6 +81,12 @@ def load_with(repo_id: str, pruning: bool, options: dict[str, Any]) -> int:
     return 0 if report is None else len(report.pruned)
 
 
+def tokenizer_with(repo_id: str, tokenizer_id: str, options: dict[str, Any]) -> list[int]:
+    """Of a Pruner, made with these options and no token in the environment: ids of two words."""
+    with mock.patch.dict(os.environ, {"HF_TOKEN": ""}):
+        return Pruner.from_pretrained(repo_id, tokenizer_id, **options).tokenizer("w3 w5")["input_ids"]
+
+
 def push_again(repo_id: str, new_id: str) -> str:
     """Upload what was loaded from the Hub; then load and save that. Returns its card."""
     model = AutoModelForCausalLM.from_pretrained(repo_id)

@@ -323,6 +323,8 @@ def test_what_from_pretrained_is_given_holds_for_report_and_tokenizer(hub, clien
     hub.private |= {"me/secret", "me/secret-dense"}
     assert client(hub_calls.load_with, "me/secret", False, {"token": "hf_write"}) == 14
     assert client(hub_calls.load_with, "me/secret-dense", True, {"token": "hf_write"}) == 14
+    first = {"token": "hf_write", "revision": "main"}
+    assert client(hub_calls.tokenizer_with, "me/secret-dense", "me/secret", first) == [3, 5]
     hub.requests.clear()
     offline = {"token": "hf_write", "local_files_only": True}
     assert client(hub_calls.load_with, "me/secret", False, offline) == 14
