@@ -239,6 +239,7 @@ def _through_lm_eval(
         )
     with evaluating(model), onednn_fp32(), contextlib.redirect_stdout(sys.stderr):  # it reports on what it does
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped._device = execution_device(model.get_input_embeddings())  # it took "meta" if weights are offloaded
         found = simple_evaluate(model=wrapped, tasks=names, limit=max_items, log_samples=False, task_manager=manager)
     return _scores(found)
 

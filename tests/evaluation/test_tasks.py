@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from models import make_config, make_model
 
 from optimum_sparse import Pruner
@@ -228,11 +229,13 @@ def lm_eval_tasks(tokenizer, tmp_path, monkeypatch):
     return [str(tmp_path / name) for name in ("choice", "last_word")]
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_lm_eval_gives_the_scores_of_the_same_files(compressed, lm_eval_tasks, tokenizer, capsys):
+@pytest.mark.parametrize("held", ["dense", "compressed", "offloaded"])
+def test_lm_eval_gives_the_scores_of_the_same_files(held, lm_eval_tasks, tokenizer, capsys):
     model = Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude"))
-    if compressed:
+    if held == "compressed":
         compress(model, model.hf_quantizer.quantization_config)
+    if held == "offloaded":
+        cpu_offload(model, execution_device=torch.device("cpu"))
     model.train()
     ours = score_tasks(model, tokenizer, [f"{task}.jsonl" for task in lm_eval_tasks], max_items=7)
     theirs = score_tasks(model, tokenizer, [f"{task}.yaml" for task in lm_eval_tasks], max_items=7, batch_size=3)
