@@ -409,7 +409,8 @@ def _add_sensitivity(commands: Any) -> None:
         "--by",
         choices=("error", "perplexity"),
         default="error",
-        help="error: an estimate from one calibration pass; perplexity: an evaluation for every matrix [error]",
+        help="error: an estimate from one calibration pass; perplexity: an evaluation for every matrix, which takes "
+        "thousands of tokens to tell from noise [error]",
     )
     parser.add_argument(
         "--allocate",

@@ -95,7 +95,8 @@ def plot_sensitivity(result: LossIncrease, path: str | PathLike, pattern: str | 
     axes.xaxis.set_major_locator(_ticker().MaxNLocator(integer=True))
     axes.set_xlabel("decoder block")
     axes.set_title(f"loss increase when only this is pruned: {pattern}, by {result.by}", loc="left", fontsize=10)
-    figure.colorbar(image, ax=axes, label="nats per token", pad=0.01)
+    gains = len(positive) < len(cells)
+    figure.colorbar(image, ax=axes, label="nats per token" + (" (darkest: no loss)" if gains else ""), pad=0.01)
     _save(figure, path)
 
 

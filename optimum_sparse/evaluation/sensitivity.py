@@ -1,10 +1,12 @@
 """What the model loses when only one of its matrices, or one of its blocks, is pruned.
 
 By "error": from one calibration pass and one backward pass, as allocation="error" measures it; an estimate. By
-"perplexity": each is pruned alone, the model evaluated, and the dense weight put back; slow, and exact on that text.
+"perplexity": each is pruned alone, the model evaluated, and the dense weight put back; slow, and exact on that text,
+which has to be long: a matrix costs thousandths of a nat, which a few hundred tokens do not show.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +29,8 @@ from ..methods import Method
 from ..pipeline import Linear, prune_blocks
 from ..report import aligned
 
+
+logger = logging.getLogger(__name__)
 
 LEAST = 1e-7  # nats: a loss measured as nothing, or as a gain, is noise
 
@@ -61,6 +65,15 @@ class LossIncrease:
             raise ValueError(
                 f"measured at {', '.join(self.patterns)}: an allocation needs two unstructured sparsities or more, "
                 "such as 0.3, 0.5 and 0.7."
+            )
+        gains = sum(values[curve[known[-1]]] <= 0 for values in self.layers.values())
+        if gains > len(self.layers) / 10:
+            logger.warning(
+                "%d of %d matrices cost nothing at a sparsity of %g, or less: such losses cannot be told from noise, "
+                "nor can this allocation. Evaluate on more text, or measure by error.",
+                gains,
+                len(self.layers),
+                known[-1],
             )
         losses = [[max(values[curve[s]], LEAST) for s in known] for values in self.layers.values()]
         sizes = [self.sizes[name] for name in self.layers]

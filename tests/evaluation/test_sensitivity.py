@@ -87,7 +87,7 @@ def test_its_allocation_is_taken_by_a_config(tmp_path):
         LossIncrease("error", ["2:4"], {"a": [1.0]}, {}, {"a": 4}).allocation(0.5)
 
 
-def test_gains_are_noise_and_the_table_begins_with_blocks():
+def test_gains_are_noise_and_the_table_begins_with_blocks(caplog):
     found = LossIncrease(
         "perplexity",
         ["unstructured 0.3", "unstructured 0.7"],
@@ -96,6 +96,7 @@ def test_gains_are_noise_and_the_table_begins_with_blocks():
         {"m.0.a": 10, "m.0.b": 10},
     )
     assert found.allocation(0.5) == pytest.approx({"m.0.a": 0.7, "m.0.b": 0.3}, abs=5e-3)
+    assert "1 of 2 matrices cost nothing at a sparsity of 0.7, or less" in caplog.text
     assert [line.split()[0] for line in str(found).splitlines()] == ["loss", "m.0", "m.0.b", "m.0.a"]
 
 
