@@ -151,7 +151,8 @@ def layer_errors(pruned: PreTrainedModel, args: argparse.Namespace) -> dict[str,
     for name, module in dense.named_modules():
         if isinstance(module, nn.Linear) and module is not dense.get_output_embeddings():
             module.register_forward_hook(lambda *call, name=name: measure(name, *call))
-    dense(**next(iter(random_batches(args, dense, args.batch, seed=2))), use_cache=False)
+    batch = next(iter(random_batches(args, dense, args.batch, seed=2)))
+    dense(batch["input_ids"].to(args.device), use_cache=False)
     return {kind: sum(found) / len(found) for kind, found in errors.items()}
 
 
