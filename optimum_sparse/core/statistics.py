@@ -147,8 +147,8 @@ def _square_sums(x: Tensor) -> Tensor:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of fp32 matrices, to about five digits.
 
-    On CUDA in bf16 with fp32 sums, ten times as fast: of each matrix a bf16 part and the bf16 part of what is left, and
-    of the four products all but that of the small parts.
+    On CUDA in bf16 with fp32 sums, ten times as fast: of each matrix a bf16 part and the bf16 part of what is left,
+    and of the four products all but that of the small parts.
     """
     if left.device.type != "cuda":
         return left @ right
