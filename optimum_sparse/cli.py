@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +239,8 @@ def _add_eval(commands: Any) -> None:
         "--tasks]",
     )
     _add_windows(parser)
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="TASK",
-        help="local .jsonl files, folders of them, or names that lm-eval knows; see optimum_sparse.evaluation.tasks",
-    )
-    parser.add_argument("--max-items", type=int, help="of each task, only the first ones")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows, or items, per forward pass [1]")
+    _add_tasks(parser)
+    parser.add_argument("--batch-size", type=int, help="per forward pass [1 window, or 16 items]")
     parser.add_argument("--run-compressed", action="store_true", help="keep the weights compressed in memory")
     parser.add_argument("--dense", metavar="MODEL", help="also measure this one, the model before pruning")
     parser.add_argument("--save", action="store_true", help="put the result into the folder's report and model card")
@@ -257,6 +252,17 @@ def _add_eval(commands: Any) -> None:
 def _add_windows(parser: Any) -> None:
     parser.add_argument("--window", type=int, default=2048, help="tokens per window [2048]")
     parser.add_argument("--max-windows", type=int, help="only the first ones")
+
+
+def _add_tasks(parser: Any) -> None:
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="local .jsonl files, folders of them, names that lm-eval knows, or YAML files in its format; see "
+        "optimum_sparse.evaluation.tasks",
+    )
+    parser.add_argument("--max-items", type=int, help="of each task, only the first ones")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -285,11 +291,12 @@ def _measure(
     """What is asked for, of one model."""
     model, tokenizer = _load(args, source, **loading)
     found: dict[str, Perplexity | TaskScore] = {}
+    batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
     if args.dataset or not args.tasks:
-        sizes = {"window": args.window, "max_windows": args.max_windows, "batch_size": args.batch_size}
+        sizes = {"window": args.window, "max_windows": args.max_windows} | batch
         found["perplexity"] = perplexity(model, tokenizer, args.dataset or "wikitext2", **sizes)
     if args.tasks:
-        scores = score_tasks(model, tokenizer, args.tasks, max_items=args.max_items, batch_size=args.batch_size)
+        scores = score_tasks(model, tokenizer, args.tasks, max_items=args.max_items, **batch)
         found |= {score.task: score for score in scores}
     return model, found
 
@@ -321,13 +328,15 @@ def _add_sweep(commands: Any) -> None:
     parser = _command(
         commands,
         "sweep",
-        "Measure what methods cost at several sparsities and patterns: perplexity as table, JSON, CSV and picture. "
-        "The model is loaded once. After an interruption the same command goes on; with more methods, sparsities or "
-        "patterns it measures only these.",
+        "Measure what methods cost at several sparsities and patterns, perplexity and accuracy at zero-shot tasks: as "
+        "tables, JSON, CSV and pictures. The model is loaded once. After an interruption the same command goes on; "
+        "with more methods, sparsities or patterns it measures only these.",
         "org/model --methods wanda sparsegpt fast --sparsities 0.3 0.5 0.7 --patterns 2:4 16:32 --output results",
     )
     parser.add_argument("model", help="id on the hub, or a folder")
-    parser.add_argument("--output", "-o", required=True, help="folder for sweep.json, sweep.csv and sweep.png")
+    parser.add_argument(
+        "--output", "-o", required=True, help="folder for sweep.json, sweep.csv and sweep.png, one more for each task"
+    )
     recipe = parser.add_argument_group("recipes", "what is not given takes SparsityConfig's default")
     recipe.add_argument(
         "--methods",
@@ -337,11 +346,11 @@ def _add_sweep(commands: Any) -> None:
         help=f"methods ({', '.join(METHODS)}) and recipes ({', '.join(RECIPES)}), as `prune` takes them "
         "[magnitude wanda sparsegpt]",
     )
-    _add_points(parser, recipe, "0.3 0.5 0.7")
+    _add_tasks(_add_points(parser, recipe, "0.3 0.5 0.7"))
     parser.set_defaults(run_sparse=_sweep)
 
 
-def _add_points(parser: argparse.ArgumentParser, recipe: Any, sparsities: str) -> None:
+def _add_points(parser: argparse.ArgumentParser, recipe: Any, sparsities: str) -> Any:
     """What every command that prunes one model in several ways takes: how, and what to measure."""
     recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help=f"unstructured [{sparsities}]")
     recipe.add_argument(
@@ -352,6 +361,7 @@ def _add_points(parser: argparse.ArgumentParser, recipe: Any, sparsities: str) -
     group = parser.add_argument_group("evaluation")
     group.add_argument("--text", default="wikitext2", help="for perplexity: as `eval --dataset` [wikitext2]")
     _add_windows(group)
+    return group
 
 
 def _evaluation(args: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[Any], dict[str, float]], dict[str, Any]]:
@@ -369,10 +379,20 @@ def _sweep(args: argparse.Namespace) -> None:
     sparsities = args.sparsities or ([] if args.patterns else [0.3, 0.5, 0.7])
     points = grid(args.methods, sparsities, args.patterns, **_recipe(args))
     model, tokenizer = _load(args, args.model)
-    evaluate, settings = _evaluation(args, tokenizer)
+    of_text, settings = _evaluation(args, tokenizer)
+
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        found = of_text(model)
+        for score in score_tasks(model, tokenizer, args.tasks or [], max_items=args.max_items):
+            found |= {score.task: score.accuracy, f"{score.task}_stderr": score.standard_error}
+        return found
+
+    settings |= {"tasks": args.tasks, "max_items": args.max_items}
     result = sweep(model, points, evaluate, args.output, tokenizer=tokenizer, settings=settings)
     print(result)
-    _draw(plot_sweep, result, Path(args.output) / "sweep.png")
+    for metric in result.metrics:
+        name = "sweep.png" if metric == result.metrics[0] else f"sweep-{metric.replace('/', '-')}.png"
+        _draw(partial(plot_sweep, metric=metric), result, Path(args.output) / name)
 
 
 def _add_sensitivity(commands: Any) -> None:

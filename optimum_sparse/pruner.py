@@ -56,7 +56,8 @@ class Pruner:
             pruner, config = cls(None), AutoConfig.from_pretrained(model, **hub)
             pruner._source, pruner._loading = model, kwargs
         if isinstance(tokenizer, str | os.PathLike):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            others = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, **others)
         elif tokenizer is None:
             tokenizer = load_tokenizer(config, **hub)
         pruner.tokenizer = tokenizer

@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         repos: {id: its commits, oldest first, each {path: content}}.
+        private: ids of those that only the owner of a token may read.
         objects: {sha256: content}, uploaded by LFS.
         requests: "METHOD path", in order.
     """
@@ -37,6 +38,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, list[dict[str, bytes]]] = {}
+        self.private: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -98,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "Invalid username or password."})
         for pattern, method in _ROUTES:
             match = re.fullmatch(pattern, path)
+            if match and user is None and self.server.private.intersection(match.groups()):
+                return self.refuse(401, "RepoNotFound")
             if match:
                 return getattr(self, method)(body, user, *match.groups())
         return self.refuse(404, "EntryNotFound")

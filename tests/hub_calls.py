@@ -68,6 +68,25 @@ def load(path: str, repo_id: str, pattern: str = "2:4") -> dict[str, Any]:
     return {"ids": ids, "layers": len(report.pruned), "base_model": report.base_model}
 
 
+def load_with(repo_id: str, pruning: bool, options: dict[str, Any]) -> int:
+    """Load with these options and no token in the environment; how many layers its report has.
+
+    pruning: on load, by calibration text, which takes the tokenizer from the Hub.
+    """
+    text = [" ".join(f"w{3 + (7 * i + j) % 190}" for j in range(64)) for i in range(16)]
+    if pruning:
+        options["sparsity_config"] = make_config("wanda", dataset=text, sequence_length=16)
+    with mock.patch.dict(os.environ, {"HF_TOKEN": ""}):
+        report = AutoModelForCausalLM.from_pretrained(repo_id, **options).hf_quantizer.report
+    return 0 if report is None else len(report.pruned)
+
+
+def tokenizer_with(repo_id: str, tokenizer_id: str, options: dict[str, Any]) -> list[int]:
+    """Of a Pruner, made with these options and no token in the environment: ids of two words."""
+    with mock.patch.dict(os.environ, {"HF_TOKEN": ""}):
+        return Pruner.from_pretrained(repo_id, tokenizer_id, **options).tokenizer("w3 w5")["input_ids"]
+
+
 def push_again(repo_id: str, new_id: str) -> str:
     """Upload what was loaded from the Hub; then load and save that. Returns its card."""
     model = AutoModelForCausalLM.from_pretrained(repo_id)

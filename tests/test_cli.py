@@ -1,5 +1,6 @@
 """The command line as a user runs it, on a tiny model."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_sparse.cli import main
 from optimum_sparse.core import NM
+from optimum_sparse.evaluation import SweepResult
 from optimum_sparse.hf import streaming
 from optimum_sparse.kernels.linear import select
 
@@ -139,9 +141,16 @@ def test_sweep_writes_every_point_and_repeats_none(tiny_llama, text, tmp_path, c
     data = ["--dataset", str(text), "--num-samples", "4", "--sequence-length", "32"]
     command = ["sweep", str(tiny_llama), "--output", str(tmp_path), *data, "--text", str(text), "--window", "64"]
     command += ["--methods", "magnitude", "fast", "--sparsities", "0.5", "--patterns", "2:4", "--set", "fisher=false"]
+    item = {"query": "w5 w6 w7", "choices": ["w8", "w9"], "gold": 1}
+    (tmp_path / "words.jsonl").write_text("\n".join([json.dumps(item), json.dumps(item | {"gold": 0})]))
+    command += ["--tasks", str(tmp_path / "words.jsonl")]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("dense: perplexity", "magnitude", "fast", "2:4"))
+    assert all(word in printed for word in ("dense: perplexity", "dense: words 0.5", "magnitude", "fast", "2:4"))
+    for point in SweepResult.load(tmp_path).points:
+        assert point.measured["words"] == 0.5
+    if importlib.util.find_spec("matplotlib"):
+        assert {"sweep.png", "sweep-words.png"} <= {path.name for path in tmp_path.iterdir()}
     first = (tmp_path / "sweep.json").read_bytes()
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 6
     assert main(command) == 0

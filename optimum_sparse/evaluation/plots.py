@@ -25,13 +25,13 @@ def plot_sweep(result: SweepResult, path: str | PathLike, metric: str | None = N
         ImportError: matplotlib is missing, naming the extra.
         ValueError: no such metric.
     """
-    metric = metric or result.metric
+    metric = metric or result.metrics[0]
     if metric not in result.dense:
         raise ValueError(f"metric={metric!r}: was not measured; these were: {', '.join(result.dense)}.")
     figure, axes = _figure(7.2, 4.6)
     dense = result.dense[metric]
     axes.axhline(dense, color="#555555", linestyle=(0, (4, 3)), linewidth=1.2, label=f"dense, {dense:.4g}", zorder=1)
-    patterns = list(dict.fromkeys(point.pattern for point in result.points if ":" in point.pattern))
+    patterns = [pattern for pattern in result.patterns if ":" in pattern]
     labels = list(dict.fromkeys(point.label for point in result.points))
     for number, label in enumerate(labels):
         colour = COLOURS[number % len(COLOURS)]

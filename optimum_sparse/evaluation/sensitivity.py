@@ -100,17 +100,13 @@ def measure_sensitivity(
             different outputs and tokens as independent. SparseGPT stands for all methods there.
 
     Raises:
-        ValueError: no pattern; offloaded weights, by perplexity.
+        ValueError: no pattern.
     """
     if not patterns:
         raise ValueError("nothing to measure: give sparsities such as 0.5, or patterns such as '2:4'.")
     plan = make_plan(model, config)
     full = full_name(model)
     sizes = {full(name): linear.shape[0] * linear.shape[1] for name, linear in plan.linears.items()}
-    if evaluate is not None and (plan.experts or any(linear.weight.is_meta for linear in plan.linears.values())):
-        raise ValueError(
-            "by perplexity, weights must be in the memory of one device and experts not fused: measure by error."
-        )
     onload = partial(plan.onload, keep=False)
     with evaluating(model):
         batches = token_batches(model, config, config.dataset, tokenizer)
@@ -138,7 +134,8 @@ def measure_sensitivity(
                 solved = {r.name: alone.weights[int(r.note)] for r in reports if r.skipped is None}
                 for block in plan.blocks:
                     for linears in (*([linear] for linear in block.linears), block.linears):
-                        loss = _loss_with(model, linears, solved, evaluate)
+                        with onload(block.module):
+                            loss = _loss_with(model, linears, solved, evaluate)
                         progress.update()
                         if linears is block.linears:
                             blocks[block.name].append(loss - dense)

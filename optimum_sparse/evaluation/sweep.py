@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import RECIPES, SparsityConfig, describe_dataset
-from ..core import parse_pattern
+from ..core import NM, parse_pattern
 from ..hf.blocks import find_blocks, make_plan
 from ..hf.checkpoint import atomically
 from ..hf.journal import differences
@@ -77,9 +77,20 @@ class SweepResult:
     points: list[Point]
 
     @property
-    def metric(self) -> str:
-        """The first that `evaluate` returned."""
-        return next(iter(self.dense))
+    def metrics(self) -> list[str]:
+        """What `evaluate` returned, without standard errors."""
+        return [name for name in self.dense if not name.endswith("_stderr")]
+
+    @property
+    def patterns(self) -> list[str]:
+        """Those of all points: unstructured by sparsity, then N:M by sparsity, coarse ones first."""
+
+        def place(name: str) -> tuple[bool, float, int]:
+            kind, _, sparsity = name.partition(" ")
+            pattern = parse_pattern(kind, float(sparsity) if sparsity else None)
+            return isinstance(pattern, NM), pattern.sparsity, getattr(pattern, "group", 0)
+
+        return sorted({point.pattern for point in self.points}, key=place)
 
     @classmethod
     def load(cls, folder: str | PathLike) -> "SweepResult":
@@ -109,13 +120,17 @@ class SweepResult:
         return text.getvalue()
 
     def __str__(self) -> str:
-        """A table of the first metric: a row per label, a column per pattern."""
-        patterns = list(dict.fromkeys(point.pattern for point in self.points))
-        found = {(point.label, point.pattern): f"{point.measured[self.metric]:.4g}" for point in self.points}
-        rows = [(self.metric, *(pattern.removeprefix("unstructured ") for pattern in patterns))]
-        for label in dict.fromkeys(point.label for point in self.points):
-            rows.append((label, *(found.get((label, pattern), "-") for pattern in patterns)))
-        return "\n".join([f"dense: {self.metric} {self.dense[self.metric]:.4g}", *aligned(rows)])
+        """A table for every metric: a row per label, a column per pattern."""
+        patterns = self.patterns
+        names = [pattern.removeprefix("unstructured ") for pattern in patterns]
+        tables = []
+        for metric in self.metrics:
+            found = {(point.label, point.pattern): f"{point.measured[metric]:.4g}" for point in self.points}
+            rows = [(metric, *names)]
+            for label in dict.fromkeys(point.label for point in self.points):
+                rows.append((label, *(found.get((label, pattern), "-") for pattern in patterns)))
+            tables.append("\n".join([f"dense: {metric} {self.dense[metric]:.4g}", *aligned(rows)]))
+        return "\n\n".join(tables)
 
 
 def grid(

@@ -11,9 +11,11 @@ Context and continuation are tokenized together, and spaces at the end of a cont
 lm-eval.
 """
 
+import contextlib
 import gzip
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,12 +76,12 @@ def score_tasks(
     """Zero-shot accuracy of a causal language model.
 
     Args:
-        tasks: local files (.jsonl, .jsonl.gz; see above), folders of such, or names that lm-eval knows, which fetches
-            their data from the hub.
+        tasks: local files (.jsonl, .jsonl.gz; see above), folders of such, names that lm-eval knows, which fetches
+            their data from the hub, or tasks of your own as its YAML files.
         max_items: only the first ones of each task.
 
     Raises:
-        ValueError: a file whose lines are no items, naming the first such line.
+        ValueError: a file whose lines are no items, naming the first such line; a name that lm-eval does not know.
         FileNotFoundError: a file that does not exist, or a folder without any.
         ImportError: a name, and lm-eval is not installed.
     """
@@ -222,13 +224,27 @@ def _through_lm_eval(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(
             f"tasks {names} are no local {' or '.join(SUFFIXES)} files, so lm-eval has to know them, which is not "
             f'installed: pip install "optimum-sparse[lm-eval]" ({error}).'
         ) from error
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(model=wrapped, tasks=names, limit=max_items, log_samples=False)
+    manager = TaskManager()
+    unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
+    if unknown:
+        raise ValueError(
+            f"tasks {unknown}: must be local {' or '.join(SUFFIXES)} files, YAML files of lm-eval, or names that it "
+            "knows, which `lm-eval ls tasks` lists."
+        )
+    with evaluating(model), onednn_fp32(), contextlib.redirect_stdout(sys.stderr):  # it reports on what it does
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = simple_evaluate(model=wrapped, tasks=names, limit=max_items, log_samples=False, task_manager=manager)
+    return _scores(found)
+
+
+def _scores(found: dict[str, Any]) -> list[TaskScore]:
+    """Of what lm-eval's `simple_evaluate` returns: of each task one metric."""
     scores = []
     for task, metrics in found["results"].items():
         numbers = {name: value for name, value in metrics.items() if "," in name and isinstance(value, int | float)}

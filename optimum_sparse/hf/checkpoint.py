@@ -177,10 +177,13 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         lines = [f"method {self.config.method}, pattern {self.config.pattern}, format {self.config.format}"]
-        by_pattern: dict[str, list[tuple[str, list[int], int, int]]] = {}
-        for matrix in self.matrices.values():
-            by_pattern.setdefault(matrix[0], []).append(matrix)
-        for pattern, members in by_pattern.items():
+        families: dict[str, list[tuple[str, list[int], int, int]]] = {}
+        for matrix in self.matrices.values():  # unstructured sparsities may all differ
+            families.setdefault(matrix[0].split()[0], []).append(matrix)
+        for family, members in families.items():
+            patterns = {matrix[0] for matrix in members}
+            shares = [float(pattern.split()[-1]) for pattern in patterns if len(patterns) > 1]
+            pattern = f"{family} {min(shares):.2f}-{max(shares):.2f}" if shares else patterns.pop()
             stored, dense = sum(m[2] for m in members), sum(m[3] for m in members)
             lines.append(
                 f"{len(members)} matrices at {pattern}: {stored / 1e6:,.1f} MB on disk, {dense / 1e6:,.1f} MB dense "

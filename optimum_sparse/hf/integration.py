@@ -16,7 +16,7 @@ from .. import ranks
 from ..config import QUANT_METHOD, SparsityConfig
 from .checkpoint import legacy_format, write_report
 from .hub import push, push_model, write_card
-from .quantizer import SparsityQuantizer
+from .quantizer import SparsityQuantizer, hub_arguments
 
 
 _MERGED = "You passed `quantization_config` or equivalent parameters"  # transformers' warning; here it was asked for
@@ -70,19 +70,23 @@ def _taking_sparsity(original: Callable) -> Callable:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.pop("sparsity_config", None)
         run_compressed = kwargs.pop("run_compressed", None)
-        content = _stored_config(args, kwargs)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        content = _stored_config(args, kwargs, hub)
         _refuse_legacy(content)
-        if config is None and run_compressed is None:
-            return original(cls, *args, **kwargs)
-        stored = content.get("quantization_config")
-        stored = stored.to_dict() if isinstance(stored, SparsityConfig) else stored
-        stored = stored if isinstance(stored, dict) else None
-        config = _checked(config, run_compressed, stored, kwargs.get("quantization_config"))
-        if config is None:
-            return original(cls, *args, **kwargs)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_MERGED)
-            return original(cls, *args, **(kwargs | {"quantization_config": config}))
+        if config is not None or run_compressed is not None:
+            stored = content.get("quantization_config")
+            stored = stored.to_dict() if isinstance(stored, SparsityConfig) else stored
+            stored = stored if isinstance(stored, dict) else None
+            config = _checked(config, run_compressed, stored, kwargs.get("quantization_config"))
+        before = hub_arguments.set(hub)
+        try:
+            if config is None:
+                return original(cls, *args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=_MERGED)
+                return original(cls, *args, **(kwargs | {"quantization_config": config}))
+        finally:
+            hub_arguments.reset(before)
 
     return from_pretrained
 
@@ -134,7 +138,7 @@ HUB_ARGUMENTS = (
 )
 
 
-def _stored_config(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _stored_config(args: tuple, kwargs: dict[str, Any], hub: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the checkpoint that is being loaded; empty if there is none that can be read."""
     config = kwargs.get("config")
     if isinstance(config, PreTrainedConfig):
@@ -142,9 +146,8 @@ def _stored_config(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
     if source is None:
         return {}
-    chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     try:
-        return PreTrainedConfig.get_config_dict(source, **chosen)[0]
+        return PreTrainedConfig.get_config_dict(source, **hub)[0]
     except (OSError, ValueError):  # the load itself will say what is wrong
         return {}
 

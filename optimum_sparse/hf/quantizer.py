@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 
 from ..config import SparsityConfig
 from ..core import Needs
@@ -24,6 +25,11 @@ from .blocks import Plan, linears_of, make_plan
 from .checkpoint import REPORT_FILE, check_stored, read_headers, read_report, stored_matrices
 from .placement import offloaded_weight
 from .prune import measures_layers, prune_model
+
+
+# What the `from_pretrained` that runs was given for the hub (token, local_files_only ...): transformers does not tell
+# its quantizers, which look for more files there.
+hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
 
 
 class SparsityQuantizer(HfQuantizer):
@@ -78,7 +84,8 @@ class SparsityQuantizer(HfQuantizer):
             raise ValueError("sparse models cannot be loaded with tensor parallelism yet: use device_map instead.")
         if not self.pre_quantized:
             make_plan(model, self.quantization_config)  # what cannot be pruned shows before weights are loaded
-            self._tokenizer = load_tokenizer(model.config) if needs_tokenizer(self.quantization_config) else None
+            if needs_tokenizer(self.quantization_config):
+                self._tokenizer = load_tokenizer(model.config, **hub_arguments.get({}))
             return
         if not checkpoint_files or not all(file.endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(f"a sparse checkpoint is read from .safetensors files, got {checkpoint_files}.")
@@ -385,11 +392,12 @@ def _report_on_hub(config: PreTrainedConfig) -> PruningReport | None:
     """The report in the repository that a model came from: transformers itself fetches only weights."""
     if not config.name_or_path or Path(config.name_or_path).is_dir():
         return None
+    options = hub_arguments.get({}) | {"revision": getattr(config, "_commit_hash", None)}
     try:
-        path = hf_hub_download(config.name_or_path, REPORT_FILE, revision=getattr(config, "_commit_hash", None))
+        path = cached_file(config.name_or_path, REPORT_FILE, **options)
     except (OSError, ValueError):
         return None
-    return read_report(Path(path).parent)
+    return None if path is None else read_report(Path(path).parent)
 
 
 def _dense_module(sparse: SparseLinear) -> nn.Module:

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
 from models import SAMPLES, TOKENS, assert_same_weights, make_model, token_ids, weights_of
 
 from optimum_sparse import Pruner, SparsityConfig
@@ -46,11 +48,28 @@ def test_by_error_is_what_the_likelihood_feels():
         assert values == pytest.approx([sum(column) for column in zip(*parts, strict=True)])
 
 
-def test_a_fused_expert_is_one_matrix_by_error_and_refused_by_perplexity():
-    found = measure_sensitivity(make_model("mixtral"), config(), [NM(2, 4)])
-    assert any(".experts.0." in name for name in found.layers)
-    with pytest.raises(ValueError, match="measure by error"):
-        measure_sensitivity(make_model("mixtral"), config(), [NM(2, 4)], loss)
+def test_a_fused_expert_is_one_matrix():
+    by_error = measure_sensitivity(make_model("mixtral"), config(), [NM(2, 4)])
+    model = make_model("mixtral")
+    dense = {name: tensor.clone() for name, tensor in weights_of(model).items()}
+    by_perplexity = measure_sensitivity(model, config(), [NM(2, 4)], loss)
+    assert_same_weights(model, dense)
+    assert by_error.layers.keys() == by_perplexity.layers.keys()
+    for name in ("model.layers.0.mlp.experts.1.gate_up_proj", "model.layers.1.mlp.experts.0.down_proj"):
+        paper = SparsityConfig.recipe("paper", "2:4", method="sparsegpt", targets=[name], **DATA)
+        alone = Pruner.from_pretrained(make_model("mixtral")).prune(paper)
+        assert by_perplexity.layers[name][0] == pytest.approx(loss(alone) - loss(model), abs=1e-5)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_an_offloaded_model_gives_the_same_by_perplexity(offload, tmp_path):
+    model = make_model("llama")
+    expected = measure_sensitivity(model, config(), PATTERNS, loss)
+    before = loss(model)
+    offloaded = offload(model, *([tmp_path] if offload is disk_offload else []), execution_device=torch.device("cpu"))
+    found = measure_sensitivity(offloaded, config(), PATTERNS, loss)
+    assert (found.layers, found.blocks) == (expected.layers, expected.blocks)
+    assert loss(offloaded) == before
 
 
 def test_its_allocation_is_taken_by_a_config(tmp_path):

@@ -111,6 +111,12 @@ def test_table_and_csv_hold_every_point():
     assert lines[1].split()[1:] == ["0.5", "2:4"]
 
 
+def test_columns_do_not_depend_on_the_order_of_measuring():
+    points = grid(["magnitude"], [0.7, 0.125], ["8:16", "1:4", "2:4"]) + grid(["wanda"], [0.3], **DATA)
+    table = str(sweep(make_model("llama"), points, evaluate)).splitlines()
+    assert table[1].split() == ["size", "0.125", "0.3", "0.7", "2:4", "8:16", "1:4"]
+
+
 def test_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     result = sweep(make_model("llama"), grid(["magnitude", "wanda"], [0.3, 0.5], ["2:4"], **DATA), evaluate)

@@ -4,14 +4,15 @@ import gzip
 import json
 import math
 import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from models import make_model
+from models import make_config, make_model
 
+from optimum_sparse import Pruner
 from optimum_sparse.evaluation import score_tasks
-from optimum_sparse.evaluation.tasks import Continuation, log_likelihoods
+from optimum_sparse.evaluation.tasks import Continuation, _scores, log_likelihoods
+from optimum_sparse.hf.quantizer import compress
 
 
 def words(first: int, count: int, step: int = 7) -> str:
@@ -159,43 +160,96 @@ def test_empty_and_missing_files(tokenizer, tmp_path):
         score_tasks(model, tokenizer, [str(tmp_path / "a.jsonl")], max_items=0)
 
 
-def test_names_go_to_lm_eval(tokenizer, monkeypatch):
-    """Its interface as documented; the package itself is not installed here."""
-    model = make_model("llama")
-    calls = {}
-
-    def simple_evaluate(**kwargs):
-        calls.update(kwargs)
-        return {
-            "results": {
-                "lambada_openai": {
-                    "alias": "lambada_openai",
-                    "perplexity,none": 9.0,
-                    "perplexity_stderr,none": 0.3,
-                    "acc,none": 0.5,
-                    "acc_stderr,none": 0.1,
-                },
-                "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
-                "group": {"alias": "a group", " ": " "},
+def test_what_lm_eval_returns():
+    """Of accuracy and other metrics accuracy; a group without numbers of its own is left out. As 0.4.13 has it."""
+    found = {
+        "results": {
+            "lambada_openai": {
+                "name": "lambada_openai",
+                "alias": "lambada_openai",
+                "sample_len": 20,
+                "perplexity,none": 9.0,
+                "perplexity_stderr,none": 0.3,
+                "acc,none": 0.5,
+                "acc_stderr,none": 0.1,
             },
-            "n-samples": {"lambada_openai": {"original": 100, "effective": 20}},
-        }
-
-    package, models, huggingface = (ModuleType(name) for name in ("lm_eval", "models", "huggingface"))
-    package.simple_evaluate = simple_evaluate
-    huggingface.HFLM = lambda **kwargs: SimpleNamespace(**kwargs)
-    monkeypatch.setitem(sys.modules, "lm_eval", package)
-    monkeypatch.setitem(sys.modules, "lm_eval.models", models)
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", huggingface)
-    scores = score_tasks(model, tokenizer, ["lambada_openai", "gsm8k"], max_items=20, batch_size=2)
-    assert (calls["tasks"], calls["limit"]) == (["lambada_openai", "gsm8k"], 20)
-    assert (calls["model"].pretrained, calls["model"].tokenizer, calls["model"].batch_size) == (model, tokenizer, 2)
+            "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"},
+            "group": {"alias": "a group", " ": " "},
+        },
+        "n-samples": {"lambada_openai": {"original": 100, "effective": 20}},
+    }
+    scores = _scores(found)
     assert [(s.task, s.accuracy, s.items, s.metric) for s in scores] == [
         ("lambada_openai", 0.5, 20, "acc"),
         ("gsm8k", 0.25, 0, "exact_match"),
     ]
     assert scores[0].standard_error == 0.1
     assert math.isnan(scores[1].standard_error)
+
+
+CHOICE = """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: query
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{metric: acc_norm}, {metric: acc}]
+"""
+LAST_WORD = """
+task: last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: context
+doc_to_target: "{{' ' + continuation}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc}]
+"""
+
+
+@pytest.fixture
+def lm_eval_tasks(tokenizer, tmp_path, monkeypatch):
+    """The same items as local files and, over these files, as tasks in lm-eval's YAML."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model = make_model("llama")
+    choices = [{"query": words(i, 4), "choices": [words(i + c, 2) for c in range(4)], "gold": i % 4} for i in range(9)]
+    last_words = []
+    for i in range(9):
+        written = model(torch.tensor([tokenizer(words(i, 4))["input_ids"]])).logits[0, -1].argmax().item()
+        wanted = tokenizer.decode(written) if i % 3 else words(i, 1)
+        last_words.append({"context": words(i, 4), "continuation": wanted})
+    for name, rows, yaml in (("choice", choices, CHOICE), ("last_word", last_words, LAST_WORD)):
+        write(tmp_path / f"{name}.jsonl", rows)
+        (tmp_path / f"{name}.yaml").write_text(yaml.replace("FILE", str(tmp_path / f"{name}.jsonl")))
+    return [str(tmp_path / name) for name in ("choice", "last_word")]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_lm_eval_gives_the_scores_of_the_same_files(compressed, lm_eval_tasks, tokenizer, capsys):
+    model = Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude"))
+    if compressed:
+        compress(model, model.hf_quantizer.quantization_config)
+    model.train()
+    ours = score_tasks(model, tokenizer, [f"{task}.jsonl" for task in lm_eval_tasks], max_items=7)
+    theirs = score_tasks(model, tokenizer, [f"{task}.yaml" for task in lm_eval_tasks], max_items=7, batch_size=3)
+    assert model.training
+    assert [score.to_dict() for score in theirs] == [
+        score.to_dict() | {"standard_error": pytest.approx(score.standard_error)} for score in ours
+    ]
+    assert ours[1].accuracy > 0
+    assert not capsys.readouterr().out  # which is for results, as JSON
+
+
+def test_a_name_that_lm_eval_does_not_know(tokenizer):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(
+        ValueError, match=r"tasks \['nonsense', 'none.yaml'\]: must be local .*`lm-eval ls tasks` lists"
+    ):
+        score_tasks(make_model("llama"), tokenizer, ["piqa", "nonsense", "none.yaml"])
 
 
 def test_without_lm_eval(tokenizer, monkeypatch):

@@ -43,7 +43,8 @@ def test_sparse_24_bitmask(rows, groups, zeros, dtype, column):
 
 
 def test_a_matrix_written_out():
-    """[0, 3, 0, 4 | 5, 0, 0, 6] and [7, 0, 8, 0 | 0, 0, 9, 1], bit by bit."""
+    """[0, 3, 0, 4 | 5, 0, 0, 6] and [7, 0, 8, 0 | 0, 0, 9, 1], bit by bit: as compressed-tensors 0.14.0.1 writes it
+    (and 0.7.1, where it has the format)."""
     tensors = {
         "compressed": torch.tensor([[3.0, 4, 5, 6], [7, 8, 9, 1]]),
         "bitmask": torch.tensor([[0b10011010], [0b11000101]], dtype=torch.uint8),
@@ -51,7 +52,12 @@ def test_a_matrix_written_out():
     }
     expected = torch.tensor([[0.0, 3, 0, 4, 5, 0, 0, 6], [7, 0, 8, 0, 0, 0, 9, 1]])
     assert torch.equal(legacy.decode(tensors, "sparse-24-bitmask"), expected)
-    flat = tensors | {"compressed": tensors["compressed"].flatten(), "row_offsets": torch.tensor([0, 4])}
+    flat = {
+        "compressed": tensors["compressed"].flatten(),
+        "bitmask": tensors["bitmask"],
+        "shape": torch.tensor([2, 8]),
+        "row_offsets": torch.tensor([0, 4]),
+    }
     assert torch.equal(legacy.decode(flat, "sparse-bitmask"), expected)
 
 

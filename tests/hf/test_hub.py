@@ -317,6 +317,21 @@ def test_weights_of_before_do_not_stay(hub, client, tiny_llama):
     client(hub_calls.load, str(tiny_llama), "me/shards", "4:8")
 
 
+def test_what_from_pretrained_is_given_holds_for_report_and_tokenizer(hub, client, tiny_llama):
+    client(hub_calls.push, "model", str(tiny_llama), "me/secret")
+    client(hub_calls.upload_dense, "me/secret-dense", str(tiny_llama))
+    hub.private |= {"me/secret", "me/secret-dense"}
+    assert client(hub_calls.load_with, "me/secret", False, {"token": "hf_write"}) == 14
+    assert client(hub_calls.load_with, "me/secret-dense", True, {"token": "hf_write"}) == 14
+    first = {"token": "hf_write", "revision": "main"}
+    assert client(hub_calls.tokenizer_with, "me/secret-dense", "me/secret", first) == [3, 5]
+    hub.requests.clear()
+    offline = {"token": "hf_write", "local_files_only": True}
+    assert client(hub_calls.load_with, "me/secret", False, offline) == 14
+    assert client(hub_calls.load_with, "me/secret-dense", True, offline) == 14
+    assert not hub.requests
+
+
 # ---- what cannot be uploaded
 
 

@@ -670,3 +670,15 @@ def test_weights_that_transformers_would_merge_on_disk_stay_apart(tmp_path):
         state = again.state_dict()
         assert wanted.keys() == state.keys()
         assert all(torch.equal(wanted[name], state[name]) for name in wanted)
+
+
+def test_a_line_for_all_unstructured_sparsities(tmp_path):
+    """With an allocation every matrix has its own."""
+    layers = {"q_proj": 0.3, "mlp": 0.7, "o_proj": "2:4", "k_proj": "dense"}
+    model = Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude", "unstructured", layers=layers))
+    model.save_pretrained(tmp_path)
+    lines = str(inspect(str(tmp_path))).splitlines()
+    assert [line.split(":")[0] for line in lines if "matrices" in line] == [
+        "10 matrices at unstructured 0.30-0.70",
+        "2 matrices at 2",
+    ]
