@@ -63,6 +63,20 @@ def _store(weights: Any, name: str, tensor: Tensor) -> None:
     return None
 
 
+def usable_device(name: str) -> torch.device:
+    """The device with this name. Raises ValueError unless there is one here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device {name!r} cannot be used here: it must be 'cpu', or where there is a GPU 'cuda' or 'cuda:0' "
+            f"({reason})."
+        ) from error
+    return device
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: where accelerate brings its weights if they are offloaded, else where they are."""
     hook = _offload_hook(module)

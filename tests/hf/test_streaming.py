@@ -321,10 +321,12 @@ def test_blocks_that_hand_on_state_begin_again(tmp_path):
     calls = Calls([torch.ones(1, 2, 3)], [[]], share_state=True)
     for _ in range(2):
         journal.end_block([], [], calls, {})
+    journal.close()
     journal = Journal(tmp_path / "out", {})
     assert journal.start == 2
     journal.go_on(calls)
     assert journal.start == 0
+    journal.close()
     assert Journal(tmp_path / "out", {}).start == 0
 
 
