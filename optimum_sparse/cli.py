@@ -139,10 +139,18 @@ def _add_prune(commands: Any) -> None:
     )
     parser.add_argument("model", help="id on the hub, or a folder")
     parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file [50GB]")
+    parser.add_argument(
+        "--max-shard-size",
+        default="50GB",
+        type=lambda text: int(text) if text.isdigit() else text,
+        help="largest weight file: 500MB, 5GB, or bytes [50GB]",
+    )
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="and upload it, with its model card, to this id")
     recipe = parser.add_argument_group("recipe", "everything that is not given takes SparsityConfig's default")
-    recipe.add_argument("--config", help="a JSON file with the fields of SparsityConfig; options given here win")
+    recipe.add_argument(
+        "--config",
+        help="a JSON file with the fields of SparsityConfig, or a sparse checkpoint's config.json; options given here win",
+    )
     recipe.add_argument(
         "--recipe",
         choices=sorted(RECIPES),
@@ -203,6 +211,7 @@ def _prune(args: argparse.Namespace) -> None:
     if args.config and args.recipe:
         raise ValueError("--config and --recipe: a stored config holds every field; give one of them.")
     options = read_json(Path(args.config)) if args.config else {}
+    options = options.get("quantization_config", options)  # of a checkpoint's config.json
     if args.method:  # a stored config says what its own method did
         options = {name: value for name, value in options.items() if name not in SECOND_ORDER}
     options |= _recipe(args)

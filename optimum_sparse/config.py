@@ -320,8 +320,8 @@ def is_token_ids(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def is_texts(value: Any) -> TypeGuard[list[str]]:
-    """Whether this is a list of texts with something in it."""
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    """Whether this is a list of texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _check_dataset(dataset: Any) -> None:
@@ -329,7 +329,7 @@ def _check_dataset(dataset: Any) -> None:
         "a name ('c4', 'wikitext2', 'org/name'), a .txt, .jsonl or .parquet file, a list of texts, a tensor of token "
         "ids [samples, tokens], or 'self'"
     )
-    if (isinstance(dataset, str) and dataset) or is_texts(dataset):
+    if (isinstance(dataset, str) or is_texts(dataset)) and dataset:
         return
     if isinstance(dataset, torch.Tensor):
         if is_token_ids(dataset):

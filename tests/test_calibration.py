@@ -184,7 +184,7 @@ def test_a_jsonl_file_has_a_document_per_row(tmp_path: Path):
     assert sorted(load_documents(path, "train", 1)) == sorted(TEXTS)
     assert torch.equal(ids_of(path, seed=1), ids_of(path, seed=1))
     assert not torch.equal(ids_of(path, seed=1), ids_of(path, seed=2))
-    with pytest.raises(ValueError, match=r"rows\.jsonl' has \d+ tokens.* needs 8000"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl' has \d+ tokens.* needs 8,000"):
         batches_of(path, samples=1000)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..allocation import measure_losses, minimize_loss
 from ..config import SparsityConfig
-from ..core import NM, InputStats, Pattern, Solved
+from ..core import NM, InputStats, Pattern, Solved, Unstructured
 from ..hf.blocks import full_name, make_plan, record_calls
 from ..hf.checkpoint import atomically
 from ..hf.prune import evaluating, token_batches
@@ -80,6 +80,7 @@ class LossIncrease:
 
 def check_allocation(known: Sequence[float], sparsity: float) -> None:
     """Raise ValueError unless losses at the sparsities `known` are enough to allocate this one."""
+    Unstructured(sparsity)
     if len(known) < 2 or not min(known) <= sparsity <= max(known):
         raise ValueError(
             f"an allocation of {sparsity:g} needs losses at two unstructured sparsities or more, below and above it, "

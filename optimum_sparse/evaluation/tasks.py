@@ -186,7 +186,7 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, context: str, continuation: 
     if not cut < start < len(ids):
         raise ValueError(
             f"the continuation {continuation[:40]!r} has {len(ids) - start} tokens, its context {bare[-40:]!r} "
-            f"{start - cut}: both must have at least one among the last {most}, which are all that the model can see."
+            f"{start}: both must have at least one among the last {most}, which are all that the model can see."
         )
     return Continuation(ids[cut:], start - cut)
 

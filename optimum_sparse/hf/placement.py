@@ -69,10 +69,8 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"device {name!r} cannot be used here: it must be 'cpu', or where there is a GPU 'cuda' or 'cuda:0' "
-            f"({reason})."
+            f"there is no device {name!r} here: it must be 'cpu', or 'cuda' (or 'cuda:0') where PyTorch finds a GPU."
         ) from error
     return device
 

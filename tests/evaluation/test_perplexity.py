@@ -69,7 +69,7 @@ def test_standard_error_is_of_the_mean_between_windows(model):
 
 
 def test_too_short_a_text_says_how_long_it_is(model, tokenizer):
-    with pytest.raises(ValueError, match=r"3 tokens.*window of 8"):
+    with pytest.raises(ValueError, match=r"3 tokens.*window=8"):
         perplexity(model, tokenizer, ["w3 w4 w5"], window=8)
 
 
