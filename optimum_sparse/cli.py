@@ -149,7 +149,7 @@ def _add_prune(commands: Any) -> None:
     recipe = parser.add_argument_group("recipe", "everything that is not given takes SparsityConfig's default")
     recipe.add_argument(
         "--config",
-        help="a JSON file with the fields of SparsityConfig, or a sparse checkpoint's config.json; options given here win",
+        help="JSON with the fields of SparsityConfig, or a sparse checkpoint's config.json; options given here win",
     )
     recipe.add_argument(
         "--recipe",
