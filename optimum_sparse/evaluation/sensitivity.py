@@ -6,7 +6,7 @@ By "error": from one calibration pass and one backward pass, as allocation="erro
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..allocation import measure_losses, minimize_loss
 from ..config import SparsityConfig
-from ..core import InputStats, Pattern, Solved
+from ..core import NM, InputStats, Pattern, Solved, Unstructured
 from ..hf.blocks import full_name, make_plan, record_calls
 from ..hf.checkpoint import atomically
 from ..hf.prune import evaluating, token_batches
@@ -57,11 +57,7 @@ class LossIncrease:
         """
         curve = {float(name.split()[1]): place for place, name in enumerate(self.patterns) if ":" not in name}
         known = sorted(curve)
-        if len(known) < 2:
-            raise ValueError(
-                f"measured at {', '.join(self.patterns)}: an allocation needs two unstructured sparsities or more, "
-                "such as 0.3, 0.5 and 0.7."
-            )
+        check_allocation(known, sparsity)
         losses = [[max(values[curve[s]], LEAST) for s in known] for values in self.layers.values()]
         sizes = [self.sizes[name] for name in self.layers]
         return dict(zip(self.layers, minimize_loss(known, losses, sizes, sparsity), strict=True))
@@ -82,6 +78,17 @@ class LossIncrease:
         return "\n".join(aligned(rows))
 
 
+def check_allocation(known: Sequence[float], sparsity: float) -> None:
+    """Raise ValueError unless losses at the sparsities `known` are enough to allocate this one."""
+    Unstructured(sparsity)
+    if len(known) < 2 or not min(known) <= sparsity <= max(known):
+        raise ValueError(
+            f"an allocation of {sparsity:g} needs losses at two unstructured sparsities or more, below and above it, "
+            f"such as {max(sparsity - 0.2, 0):.2g} and {min(sparsity + 0.2, 0.95):.2g}; "
+            f"there are {', '.join(f'{s:g}' for s in sorted(known)) or 'none'}."
+        )
+
+
 def measure_sensitivity(
     model: PreTrainedModel,
     config: SparsityConfig,
@@ -100,11 +107,14 @@ def measure_sensitivity(
             different outputs and tokens as independent. SparseGPT stands for all methods there.
 
     Raises:
-        ValueError: no pattern.
+        ValueError: no pattern, or one that does not fit.
     """
     if not patterns:
         raise ValueError("nothing to measure: give sparsities such as 0.5, or patterns such as '2:4'.")
     plan = make_plan(model, config)
+    for pattern in patterns:
+        if isinstance(pattern, NM):
+            make_plan(model, replace(config, pattern=str(pattern), sparsity=None, allocation="uniform", denser={}))
     full = full_name(model)
     sizes = {full(name): linear.shape[0] * linear.shape[1] for name, linear in plan.linears.items()}
     onload = partial(plan.onload, keep=False)
