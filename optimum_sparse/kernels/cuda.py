@@ -97,10 +97,10 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
-    if tokens <= 2 or (layout.overflow and tokens <= 4):
+    if tokens <= (2 if layout.pairs else 4):
         staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
         warps = min(16, -(-rows // (2 * processors)))
-        shared = 33 * 4 * words * (2 if staged == 4 else 1)
+        shared = 33 * 4 * (-(-words // 32) * 32) * (2 if staged == 4 else 1)
         if shared <= most_shared:
             blocks = min(-(-rows // warps), 2 * processors)
             return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
