@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import ranks
-from .config import is_token_ids
+from .config import IN_MEMORY, is_texts, is_token_ids
 
 
 # name -> (dataset, subset, files of one split or None for the whole split). One file of C4 is more than enough.
@@ -26,6 +26,7 @@ HUB_NAMES: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
 }
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILES = "a .txt, .jsonl or .parquet file"
 
 Tokenizer = Any  # a transformers tokenizer; this room does not import transformers
 
@@ -68,9 +69,9 @@ def calibration_batches(
         if sample is None:
             raise ValueError("dataset='self' samples text from a model, and there is none here.")
         ids = sample(num_samples, sequence_length, seed)
-    elif isinstance(dataset, str) or (isinstance(dataset, list) and all(isinstance(text, str) for text in dataset)):
+    elif isinstance(dataset, str) or is_texts(dataset):
         documents = load_documents(dataset, "train", seed)
-        ids = pack(documents, _required(tokenizer), num_samples, sequence_length, _called(dataset))
+        ids = pack(documents, _required(tokenizer), num_samples, sequence_length, called(dataset))
     else:
         return _given_batches(dataset, num_samples)
     return [{"input_ids": batch} for batch in ids.long().split(batch_size)]
@@ -85,12 +86,17 @@ def load_documents(dataset: str | list[str], split: str, seed: int | None = None
         yield from order
         return
     path = Path(dataset)
-    if path.suffix == ".txt" and path.is_file():  # one document
-        yield path.read_text(encoding="utf-8")
-        return
-    if path.suffix == ".raw" and path.is_file():  # WikiText's own files: a row per line; the hub has "" for blank ones
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            yield from (line if line.strip() else "" for line in lines)
+    if path.suffix in (".txt", ".raw"):
+        if not path.is_file():
+            raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
+        try:
+            with path.open(encoding="utf-8", newline=None if path.suffix == ".txt" else "\n") as lines:
+                if path.suffix == ".txt":  # one document
+                    yield lines.read()
+                else:  # WikiText's own files: a row per line; the hub has "" for blank ones
+                    yield from (line if line.strip() else "" for line in lines)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"dataset={dataset!r}: must be text in UTF-8: {error}.") from error
         return
     for row in _open_dataset(dataset, split, seed):
         texts = [value for key, value in row.items() if key == "text"] or [
@@ -109,8 +115,13 @@ def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[s
     kind = next((kind for suffix, kind in READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
     if kind is not None and not path.is_file():
         raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
-    if kind is None and path.exists():
-        raise ValueError(f"dataset={dataset!r}: must be a .txt, .jsonl or .parquet file.")
+    if kind is None and dataset not in HUB_NAMES and path.exists():
+        raise ValueError(f"dataset={dataset!r}: must be {FILES}.")
+    if dataset.startswith(IN_MEMORY):
+        raise ValueError(
+            f"dataset={dataset!r}: this recipe was made with data that was in memory, of which only this is known: "
+            "give the data again, dataset=."
+        )
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -119,7 +130,11 @@ def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[s
             "use a .txt file, a list of texts, token ids, or dataset='self'."
         ) from error
     if kind is not None:
-        rows = load_dataset(kind, data_files=str(path), split="train")
+        try:
+            rows = load_dataset(kind, data_files=str(path), split="train")
+        except Exception as error:  # of many kinds, a RuntimeError for an empty file
+            reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
+            raise ValueError(f"dataset={dataset!r} cannot be read as {kind}, or is empty ({reason}).") from error
         return rows if seed is None else rows.shuffle(seed=seed)
     name, _, subset = dataset.partition(":")
     name, subset_, files = HUB_NAMES.get(name, (name, subset or None, None))
@@ -129,8 +144,8 @@ def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[s
         return rows if seed is None else rows.shuffle(seed=seed, buffer_size=10_000)
     except Exception as error:
         raise ValueError(
-            f"dataset={dataset!r} could not be opened on the hub ({type(error).__name__}: {error}). It must be 'c4', "
-            "'wikitext2', 'self', the name of a dataset on the hub, or an existing .txt, .jsonl or .parquet file."
+            f"dataset={dataset!r} could not be opened on the hub ({type(error).__name__}: {error}). Check the name "
+            f"and the network; without one, give {FILES}, or for calibration 'self': text that the model samples."
         ) from error
 
 
@@ -155,8 +170,8 @@ def pack(
 def _enough(tokens: int, num_samples: int, sequence_length: int, source: str) -> None:
     if tokens < num_samples * sequence_length:
         raise ValueError(
-            f"{source} has {tokens} tokens; num_samples={num_samples} x sequence_length={sequence_length} needs "
-            f"{num_samples * sequence_length}: give more text, or lower one of them."
+            f"{source} has {tokens:,} tokens; num_samples={num_samples} x sequence_length={sequence_length} needs "
+            f"{num_samples * sequence_length:,}: give more text, or lower one of them."
         )
 
 
@@ -171,23 +186,28 @@ def _given_batches(batches: Iterable[Any], num_samples: int) -> list[dict[str, T
             raise ValueError("a batch must be integer token ids [batch, tokens], or a dict with such `input_ids`.")
         if "attention_mask" in content and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}.")
+        if mask is not None and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("attention_mask must be 1 for tokens and 0 for padding, and holds other numbers.")
         taken.append({name: tensor[: num_samples - rows] for name, tensor in content.items()})
         rows += len(ids)
         if rows >= num_samples:
             break
     if not taken:
         raise ValueError("the calibration data has no batches.")
+    if not any(batch.get("attention_mask", batch["input_ids"].new_ones(1)).any() for batch in taken):
+        raise ValueError("the attention_mask of the calibration data is 0 everywhere: no token is left to learn from.")
     return taken
 
 
 def _required(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(
-            "calibration text needs a tokenizer, and none was found beside the model: pass `tokenizer=` to "
-            "`Pruner.from_pretrained`, or token ids as the dataset."
+            "calibration text needs a tokenizer, and none that can be loaded is beside the model: save one there, "
+            "pass `tokenizer=` to `Pruner.from_pretrained`, or give token ids or 'self' as the dataset."
         )
     return tokenizer
 
 
-def _called(dataset: str | list[str]) -> str:
+def called(dataset: str | list[str]) -> str:
+    """In an error."""
     return repr(dataset) if isinstance(dataset, str) else f"the list of {len(dataset)} texts"

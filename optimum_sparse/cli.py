@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
-from .core import parse_pattern
+from .core import NM, parse_pattern
 from .evaluation import (
     Perplexity,
     TaskScore,
+    check_allocation,
     grid,
     measure_sensitivity,
     measure_speed,
@@ -28,12 +29,24 @@ from .evaluation import (
     score_tasks,
     sweep,
 )
-from .hf.checkpoint import REPORT_FILE, atomically, export_dense, inspect, read_report, write_report
+from .hf.checkpoint import (
+    REPORT_FILE,
+    atomically,
+    check_folder,
+    export_dense,
+    inspect,
+    load_config,
+    load_model,
+    read_json,
+    read_report,
+    write_report,
+)
 from .hf.convert import convert, export_csr, survey
 from .hf.hub import check_access, push, write_card
+from .hf.placement import usable_device
 from .kernels.linear import Choice, select
 from .methods import METHODS
-from .pruner import Pruner
+from .pruner import SPREAD, Pruner
 from .report import Measurement, aligned
 
 
@@ -65,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen command. What the user can mend is printed as one line, without a traceback."""
     try:
         args.run_sparse(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # as shells have it
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -74,16 +90,18 @@ def run(args: argparse.Namespace) -> int:
 def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
+        # All options would be a page above the mistake that is named.
+        usage=f"%(prog)s ...  (all options: --help)\nexample: optimum-cli sparse {name} {example}",
         help=summary,
         description=summary,
-        epilog=f"example:\n  optimum-cli sparse {name} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16 [auto]")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as stored [auto]"
+    )
     group.add_argument("--device-map", help="auto, cpu, cuda, ...: where accelerate puts the model [cpu]")
     _add_trust(group)
 
@@ -93,11 +111,14 @@ def _add_trust(group: Any) -> None:
 
 
 def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    if args.device_map not in (None, "auto", *SPREAD):
+        usable_device(args.device_map)
     return {"dtype": args.dtype, "device_map": args.device_map, "trust_remote_code": args.trust_remote_code}
 
 
 def _load(args: argparse.Namespace, source: str, **more: Any) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer)"""
+    load_config(source, trust_remote_code=args.trust_remote_code)  # says what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -105,7 +126,7 @@ def _load(args: argparse.Namespace, source: str, **more: Any) -> tuple[PreTraine
             f"{source!r} has no tokenizer that can be loaded, and text needs one: save that of the dense model there, "
             f"AutoTokenizer.from_pretrained(...).save_pretrained({source!r}). ({str(error).splitlines()[0]})"
         ) from error
-    return AutoModelForCausalLM.from_pretrained(source, **_loading(args), **more), tokenizer
+    return load_model(source, **_loading(args), **more), tokenizer
 
 
 def _add_prune(commands: Any) -> None:
@@ -119,10 +140,18 @@ def _add_prune(commands: Any) -> None:
     )
     parser.add_argument("model", help="id on the hub, or a folder")
     parser.add_argument("--output", "-o", required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest weight file [50GB]")
+    parser.add_argument(
+        "--max-shard-size",
+        default="50GB",
+        type=lambda text: int(text) if text.isdigit() else text,
+        help="largest weight file: 500MB, 5GB, or bytes [50GB]",
+    )
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="and upload it, with its model card, to this id")
     recipe = parser.add_argument_group("recipe", "everything that is not given takes SparsityConfig's default")
-    recipe.add_argument("--config", help="a JSON file with the fields of SparsityConfig; options given here win")
+    recipe.add_argument(
+        "--config",
+        help="JSON with the fields of SparsityConfig, or a sparse checkpoint's config.json; options given here win",
+    )
     recipe.add_argument(
         "--recipe",
         choices=sorted(RECIPES),
@@ -182,7 +211,8 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
 def _prune(args: argparse.Namespace) -> None:
     if args.config and args.recipe:
         raise ValueError("--config and --recipe: a stored config holds every field; give one of them.")
-    options = json.loads(Path(args.config).read_text(encoding="utf-8")) if args.config else {}
+    options = read_json(Path(args.config)) if args.config else {}
+    options = options.get("quantization_config", options)  # of a checkpoint's config.json
     if args.method:  # a stored config says what its own method did
         options = {name: value for name, value in options.items() if name not in SECOND_ORDER}
     options |= _recipe(args)
@@ -216,8 +246,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _override(text: str) -> tuple[str, str | float]:
-    name, separator, value = text.rpartition("=")
-    if not separator:
+    name, _, value = text.rpartition("=")
+    if not name:
         raise ValueError(f"--layer {text!r}: must be NAME=VALUE, such as down_proj=4:8 or model.layers.0=dense.")
     try:
         return name, float(value)
@@ -430,6 +460,9 @@ def _sensitivity(args: argparse.Namespace) -> None:
     patterns = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
     patterns += [parse_pattern(pattern) for pattern in args.patterns]
     config = SparsityConfig.from_dict(options)
+    if args.allocate is not None:
+        check_allocation(sparsities, args.allocate)
+    check_folder(args.output)
     model, tokenizer = _load(args, args.model)
     evaluate, _ = _evaluation(args, tokenizer)
     loss = None if args.by == "error" else lambda pruned: math.log(evaluate(pruned)["perplexity"])
@@ -451,6 +484,8 @@ def _draw(plot: Callable[[Any, Path], None], result: Any, path: Path) -> None:
         plot(result, path)
     except ImportError as error:
         print(f"no {path.name}: {error} Then repeat the command.", file=sys.stderr)
+    except ValueError as error:  # nothing to see
+        print(f"no {path.name}: {error}", file=sys.stderr)
 
 
 def _add_info(commands: Any) -> None:
@@ -558,14 +593,18 @@ def _bench(args: argparse.Namespace) -> None:
     shapes = [_shape(text) for text in args.shapes]
     if min(args.tokens) < 1:
         raise ValueError(f"--tokens {min(args.tokens)}: must be from 1 up.")
-    on = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    for _, in_features in shapes:
+        if isinstance(pattern, NM):
+            pattern.check_width(in_features)
+    device = usable_device(args.device)
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{pattern}, {args.dtype}, {on}, torch {torch.__version__}; microseconds, ratio = dense / compressed")
     print(
         "| out x in | tokens | dense | compressed | ratio | eager ratio | PyTorch 2:4 | of a copy's bytes/s | runs |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
-        for speed in measure_speed(shape, args.tokens, pattern, getattr(torch, args.dtype), args.device):
+        for speed in measure_speed(shape, args.tokens, pattern, getattr(torch, args.dtype), device):
             other = "-" if speed.torch_sparse is None else f"{speed.dense / speed.torch_sparse:.2f}"
             print(
                 f"| {shape[0]} x {shape[1]} | {speed.tokens} | {speed.dense * 1e6:.1f} | {speed.sparse * 1e6:.1f} "

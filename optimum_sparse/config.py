@@ -37,6 +37,7 @@ RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
 QUANT_METHOD = "sparsity"
 FORMAT_VERSION = 1
 DENSE = "dense"
+IN_MEMORY = "in memory: "  # what a stored config says of data begins with it
 
 
 @dataclass(repr=False)
@@ -304,11 +305,11 @@ def describe_dataset(dataset: Any) -> str:
         return dataset
     if isinstance(dataset, torch.Tensor):
         digest = hashlib.sha256(dataset.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()
-        return f"in memory: tokens {list(dataset.shape)}, sha256 {digest[:16]}"
-    if isinstance(dataset, list) and all(isinstance(text, str) for text in dataset):
+        return f"{IN_MEMORY}tokens {list(dataset.shape)}, sha256 {digest[:16]}"
+    if is_texts(dataset):
         digest = hashlib.sha256("\0".join(dataset).encode()).hexdigest()
-        return f"in memory: {len(dataset)} texts, sha256 {digest[:16]}"
-    return f"in memory: {type(dataset).__name__}"
+        return f"{IN_MEMORY}{len(dataset)} texts, sha256 {digest[:16]}"
+    return f"{IN_MEMORY}{type(dataset).__name__}"
 
 
 def is_token_ids(value: Any) -> TypeGuard[torch.Tensor]:
@@ -318,14 +319,17 @@ def is_token_ids(value: Any) -> TypeGuard[torch.Tensor]:
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
+def is_texts(value: Any) -> TypeGuard[list[str]]:
+    """Whether this is a list of texts."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _check_dataset(dataset: Any) -> None:
     allowed = (
         "a name ('c4', 'wikitext2', 'org/name'), a .txt, .jsonl or .parquet file, a list of texts, a tensor of token "
         "ids [samples, tokens], or 'self'"
     )
-    if isinstance(dataset, str) and dataset:
-        return
-    if isinstance(dataset, list) and dataset and all(isinstance(text, str) for text in dataset):
+    if (isinstance(dataset, str) or is_texts(dataset)) and dataset:
         return
     if isinstance(dataset, torch.Tensor):
         if is_token_ids(dataset):
@@ -343,11 +347,9 @@ def _parse_override(value: Any) -> Pattern | None:
     """None: dense."""
     if value == DENSE:
         return None
-    if value == "unstructured":
-        raise ValueError("give its sparsity instead, such as 0.5.")
-    if isinstance(value, str):
-        return parse_pattern(value)
-    return Unstructured(value)
+    if isinstance(value, str) and ":" not in value:
+        raise ValueError(f"{value!r} must be N:M such as '4:8', a sparsity such as 0.5, or 'dense'.")
+    return parse_pattern(value) if isinstance(value, str) else Unstructured(value)
 
 
 def _check_version(version: Any) -> None:
@@ -377,7 +379,9 @@ def _names(field_name: str, rules: Any, optional: bool) -> None:
     if rules is None and optional:
         return
     if not isinstance(rules, list) or not all(isinstance(rule, str) and rule for rule in rules):
-        raise ValueError(f"{field_name}={rules!r}: must be a list of module names or 're:' patterns.")
+        raise ValueError(
+            f"{field_name}={rules!r}: must be a list of module names such as 'down_proj', or of 're:' patterns."
+        )
     for rule in rules:
         if rule.startswith("re:"):
             try:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import ranks
 from .config import SparsityConfig
-from .hf.checkpoint import new_directory, read_report
+from .hf.checkpoint import check_size, load_config, load_model, new_directory, read_report
 from .hf.hub import push, push_model
 from .hf.integration import HUB_ARGUMENTS
 from .hf.prune import prune_model
@@ -46,14 +46,22 @@ class Pruner:
 
         Args:
             tokenizer: a tokenizer, or the id or path of one; found beside the model when it is not given.
+
+        Raises:
+            OSError: neither a folder nor an id on the hub.
+            ValueError: no causal language model.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if isinstance(model, PreTrainedModel):
             if kwargs:
                 raise ValueError(f"{sorted(kwargs)}: only for loading, and this model is loaded already.")
             pruner, config = cls(model), model.config
+        elif not isinstance(model, str | os.PathLike):
+            raise TypeError(f"model must be an id, a path or a PreTrainedModel, got {type(model).__name__}.")
+        elif "sparsity_config" in kwargs:
+            raise ValueError("sparsity_config: would prune while loading; give it to prune or prune_to_disk alone.")
         else:
-            pruner, config = cls(None), AutoConfig.from_pretrained(model, **hub)
+            pruner, config = cls(None), load_config(model, **hub)
             pruner._source, pruner._loading = model, kwargs
         if isinstance(tokenizer, str | os.PathLike):
             others = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
@@ -67,7 +75,7 @@ class Pruner:
     def model(self) -> PreTrainedModel:
         """The model; pruned in place. One that was given by its id or path is loaded when it is first asked for."""
         if self._model is None and self._source is not None:
-            self._model = AutoModelForCausalLM.from_pretrained(self._source, **self._loading)
+            self._model = load_model(self._source, **self._loading)
         return cast(PreTrainedModel, self._model)
 
     def prune(self, config: SparsityConfig, *, dataset: Any = None, method: Method | None = None) -> PreTrainedModel:
@@ -96,9 +104,10 @@ class Pruner:
         "auto" and single devices. The weights are the same, to the bit.
 
         Raises:
-            ValueError: among others: torch.distributed with several processes.
+            ValueError: among others: torch.distributed with several processes; no such size.
         """
         _check(config)
+        check_size(max_shard_size)
         if ranks.world() > 1:
             raise ValueError(
                 f"prune_to_disk runs in one process, and there are {ranks.world()}: call prune(config), then "
@@ -140,4 +149,4 @@ class Pruner:
 
 def _check(config: Any) -> None:
     if not isinstance(config, SparsityConfig):
-        raise TypeError(f"config must be a SparsityConfig, got {type(config).__name__}.")
+        raise TypeError(f"config must be a SparsityConfig, got {type(config).__name__}: SparsityConfig(method=...).")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from optimum_sparse import SparsityConfig
 from optimum_sparse.calibration import calibration_batches, load_documents, pack
 
 
@@ -184,7 +185,7 @@ def test_a_jsonl_file_has_a_document_per_row(tmp_path: Path):
     assert sorted(load_documents(path, "train", 1)) == sorted(TEXTS)
     assert torch.equal(ids_of(path, seed=1), ids_of(path, seed=1))
     assert not torch.equal(ids_of(path, seed=1), ids_of(path, seed=2))
-    with pytest.raises(ValueError, match=r"rows\.jsonl' has \d+ tokens.* needs 8000"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl' has \d+ tokens.* needs 8,000"):
         batches_of(path, samples=1000)
 
 
@@ -209,6 +210,34 @@ def test_files_that_are_missing_or_of_another_kind(tmp_path: Path):
     for path in (other, tmp_path):
         with pytest.raises(ValueError, match=r"must be a \.txt, \.jsonl or \.parquet file"):
             batches_of(str(path))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "missing.raw"])
+def test_a_text_file_that_is_missing_is_not_looked_for_on_the_hub(name: str, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=rf"{name}': there is no such file"):
+        batches_of(str(tmp_path / name))
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xff\xfe", "must be text in UTF-8"),
+        ("a.jsonl", b"no json", "cannot be read as json, or is empty"),
+        ("a.jsonl", b"", "cannot be read as json, or is empty"),
+        ("a.parquet", b"x", "cannot be read as parquet, or is empty"),
+    ],
+)
+def test_damaged_files_are_named(name: str, content: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}'.* {message}|{name}': {message}"):
+        batches_of(str(tmp_path / name))
+
+
+def test_a_recipe_of_data_that_was_in_memory_says_so():
+    stored = SparsityConfig(dataset=TEXTS).to_dict()["dataset"]
+    with pytest.raises(ValueError, match=r"59 texts.* made with data that was in memory.* give the data again"):
+        batches_of(stored)
 
 
 # ---- batches that are given
@@ -248,12 +277,21 @@ IDS = torch.ones(2, 3, dtype=torch.int64)
         ({"input_ids": IDS, "attention_mask": IDS[:, 1:]}, r"attention_mask must .* \[2, 3\]"),
         ({"input_ids": IDS, "attention_mask": IDS[:, None]}, "attention_mask must"),
         ({"input_ids": IDS, "attention_mask": None}, "attention_mask must"),
+        ({"input_ids": IDS, "attention_mask": IDS * 2}, "attention_mask must be 1 for tokens and 0 for padding"),
+        ({"input_ids": IDS, "attention_mask": IDS * -torch.inf}, "attention_mask must be 1 for tokens"),
     ],
     ids=str,
 )
 def test_bad_batches_are_refused(batch, text: str):
     with pytest.raises(ValueError, match=text):
         batches_of([{"input_ids": IDS}, batch])
+
+
+def test_a_mask_that_leaves_no_token_is_refused():
+    batches = [{"input_ids": IDS, "attention_mask": IDS * 0}] * 2
+    with pytest.raises(ValueError, match="0 everywhere: no token is left"):
+        batches_of(batches)
+    assert len(batches_of([*batches[:1], {"input_ids": IDS}])) == 2
 
 
 def test_a_dict_of_tensors_is_not_an_iterable_of_batches():

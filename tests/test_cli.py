@@ -223,6 +223,29 @@ def test_info_of_a_dense_checkpoint(pruned, tmp_path, capsys):
         (["prune", "MODEL", "--output", "OUT", "--method", "wanda", "--set", "fisher=true"], "second-order method"),
         (["prune", "MODEL", "--output", "OUT", "--ignore", "no_such_layer"], "matches no module"),
         (["prune", "MODEL", "--output", "MODEL"], "not an empty folder"),
+        (["prune", "MODEL", "--output", "MODEL/config.json/out"], "config.json is a file; choose another"),
+        (["prune", "MODEL", "--output", "OUT", "--layer", "=4:8"], "--layer '=4:8': must be NAME=VALUE"),
+        (["prune", "MODEL", "--output", "OUT", "--layer", "mlp=half"], "layers['mlp']: 'half' must be N:M such as"),
+        (["prune", "MODEL", "--output", "OUT", "--targets", "qproj"], "did you mean 'q_proj'?"),
+        (["prune", "MODEL", "--output", "OUT", "--device-map", "gpu"], "there is no device 'gpu' here"),
+        (
+            ["prune", "MODEL", "--output", "OUT", "--max-shard-size", "5G"],
+            "max_shard_size='5G': must be a size such as",
+        ),
+        (["prune", "MODEL", "--output", "OUT", "--config", "MODEL/tokenizer.json"], "unknown key"),
+        (
+            ["prune", "MODEL", "--output", "OUT", "--config", "MODEL/model.safetensors"],
+            "model.safetensors is not JSON",
+        ),
+        (["prune", "OUT/no", "--output", "OUT"], "there is no such folder, and it is no id on the hub"),
+        (["eval", "OUT/no", "--dataset", "TEXT"], "there is no such folder, and it is no id on the hub"),
+        (["eval", "MODEL", "--dataset", "TEXT"], "sequences of 2048 tokens; the model takes 64: window=64 or less"),
+        (["eval", "MODEL", "--dataset", "no.txt"], "dataset='no.txt': there is no such file"),
+        (["sweep", "MODEL", "--output", "MODEL/config.json", "--text", "TEXT"], "is a file; choose another"),
+        (["sensitivity", "MODEL", "--output", "OUT", "--allocate", "0.5"], "such as 0.3 and 0.7; there are 0.5"),
+        (["sensitivity", "MODEL", "--output", "OUT", "--patterns", "3:5", "--dataset", "TEXT"], "multiples of M"),
+        (["bench", "--device", "gpu"], "there is no device 'gpu' here"),
+        (["bench", "--pattern", "3:5"], "needs a number of input columns that 5 divides, got 4096"),
         (["eval", "MODEL", "--save"], "must be the folder of a sparse checkpoint"),
         (["eval", "MODEL", "--tasks", "no_such.jsonl"], "no such file: 'no_such.jsonl'"),
         (["eval", "MODEL", "--tasks", "no_such_task"], "are no local .jsonl or .jsonl.gz files, so lm-eval"),
@@ -232,12 +255,41 @@ def test_info_of_a_dense_checkpoint(pruned, tmp_path, capsys):
         (["export", "MODEL", "--output", "OUT"], "not a sparse checkpoint"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tiny_llama, tmp_path, capsys, arguments, message):
-    places = {"MODEL": str(tiny_llama), "OUT": str(tmp_path / "out")}
-    assert main([places.get(argument, argument) for argument in arguments]) == 1
+def test_mistakes_are_one_line_and_leave_nothing(tiny_llama, text, tmp_path, capsys, arguments, message):
+    places = {"MODEL": str(tiny_llama), "OUT": str(tmp_path / "out"), "TEXT": str(text)}
+    for name, place in places.items():
+        arguments = [re.sub(f"^{name}\\b", place, argument) for argument in arguments]
+    assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [["--dtype", "fp16"], ["--sparsity", "half"], ["--patern", "2:4"], []])
+def test_what_argparse_refuses_is_no_page_of_options(option, tiny_llama, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", str(tiny_llama), *(["--output", "out"] if option else []), *option])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 4
+    assert "error: " in lines[-1]
+
+
+def test_a_checkpoints_config_prunes_again_in_the_same_way(pruned, tiny_llama, tmp_path):
+    assert (
+        main(["prune", str(tiny_llama), "--output", str(tmp_path / "out"), "--config", f"{pruned}/config.json"]) == 0
+    )
+    names = [file.name for file in pruned.glob("*.safetensors")]
+    assert all((tmp_path / "out" / name).read_bytes() == (pruned / name).read_bytes() for name in names)
+
+
+def test_ctrl_c_is_no_traceback(tiny_llama, text, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "_prune", interrupt)
+    assert main(prune_arguments(tiny_llama, text, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert not any(tmp_path.iterdir())
 
 

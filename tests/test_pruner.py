@@ -20,7 +20,7 @@ from models import (
 )
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, T5Config
 
 from optimum_sparse import Pruner, SparsityConfig
 from optimum_sparse.config import PAPER
@@ -77,6 +77,30 @@ def test_text_needs_a_tokenizer():
 def test_other_models_are_refused(wrong):
     with pytest.raises(TypeError):
         Pruner(wrong).prune(make_config("magnitude"))
+    with pytest.raises(TypeError, match=f"must be an id, a path or a PreTrainedModel, got {type(wrong).__name__}"):
+        Pruner.from_pretrained(wrong)
+
+
+def test_models_of_other_kinds_are_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    T5Config().save_pretrained(tmp_path / "t5")
+    assert Pruner.from_pretrained(tmp_path / "bert").report is None
+    with pytest.raises(ValueError, match=r"t5' has model_type 't5', which is no causal language model"):
+        Pruner.from_pretrained(tmp_path / "t5")
+    with pytest.raises(FileNotFoundError, match=r"no/such/folder': there is no such folder"):
+        Pruner.from_pretrained("no/such/folder")
+
+
+def test_no_model_is_pruned_twice_by_mistake(tiny_llama):
+    with pytest.raises(ValueError, match="give it to prune or prune_to_disk alone"):
+        Pruner.from_pretrained(tiny_llama, sparsity_config=make_config("magnitude"))
+
+
+def test_batches_in_a_list_have_the_length_that_they_have(tiny_llama):
+    """Not that of `sequence_length`, which this model would not take."""
+    batches = [{"input_ids": ids} for ids in token_ids().split(2)]
+    given = Pruner.from_pretrained(tiny_llama).prune(SparsityConfig(method="wanda", num_samples=6), dataset=batches)
+    assert_same_weights(given, Pruner.from_pretrained(tiny_llama).prune(make_config("wanda")))
 
 
 @pytest.mark.parametrize("wrong", [None, "2:4", {"pattern": "2:4"}, SparsityConfig])

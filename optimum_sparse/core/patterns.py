@@ -72,7 +72,8 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     pattern = NM(int(match[1]), int(match[2]))
     if sparsity is not None and abs(Unstructured(sparsity).sparsity - pattern.sparsity) > 1e-6:
         raise ValueError(
-            f"sparsity={sparsity!r} contradicts pattern='{pattern}', which removes {pattern.sparsity:g}: leave it out."
+            f"sparsity={sparsity!r} contradicts pattern='{pattern}', which removes {pattern.sparsity:g}: leave it "
+            "out, or choose pattern='unstructured'."
         )
     return pattern
 

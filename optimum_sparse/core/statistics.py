@@ -53,7 +53,7 @@ class InputStats:
         if self.needs is Needs.GRAM:
             _add_gram_upper(self._sum, x)
         else:
-            self._sum += x.float().square().sum(0)
+            self._sum += _square_sums(x)
 
     def reduce(self, total: Callable[..., object], before: int) -> None:
         """Become the statistics of the tokens of several processes, which all call this.
@@ -107,8 +107,8 @@ class InputStats:
 
         def power(matrix: Tensor) -> Tensor:
             if self.needs is Needs.GRAM:
-                return ((matrix @ self.gram) * matrix).sum()
-            return torch.stack([(x.float() @ matrix.T).square().sum() for x in self._sample]).sum()
+                return (_product(matrix, self.gram) * matrix).sum()
+            return torch.stack([_product(x.float(), matrix.T).square().sum() for x in self._sample]).sum()
 
         return (power(pruned - weight) / power(weight).clamp(min=torch.finfo(torch.float32).tiny)).item()
 
@@ -135,6 +135,28 @@ class CrossStats:
     @property
     def mean(self) -> Tensor:
         return self._sum / self._weight
+
+
+def _square_sums(x: Tensor) -> Tensor:
+    """Sum of x_j^2 over the rows of x [tokens, in]: fp32 [in]."""
+    if x.device.type == "cuda":  # reads x once, as it is; on the CPU it is slower than what follows, and less exact
+        return torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+    return x.float().square().sum(0)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of fp32 matrices, to about five digits.
+
+    On CUDA in bf16 with fp32 sums, ten times as fast: of each matrix a bf16 part and the bf16 part of what is left,
+    and of the four products all but that of the small parts.
+    """
+    if left.device.type != "cuda":
+        return left @ right
+    (left, less), (right, rest) = [(high := x.bfloat16(), (x - high).bfloat16()) for x in (left, right)]
+    total = torch.mm(left, right, out_dtype=torch.float32)
+    total += torch.mm(left, rest, out_dtype=torch.float32)
+    total += torch.mm(less, right, out_dtype=torch.float32)
+    return total
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:

@@ -55,8 +55,23 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
             f"the Gram matrix of the inputs is not positive definite with damping={damping:g}: "
             f"{_remedy(reversed_gram, mean, damping)} or use more calibration tokens."
         )
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    upper = lower.flip(0, 1)
+    _invert_upper(upper)
+    return upper
+
+
+def _invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix [n, n] in place, by halves: mostly matrix products, and half of the work that
+    solving for the identity is."""
+    n = len(matrix)
+    if n <= 512:
+        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = n // 2
+    _invert_upper(matrix[:half, :half])
+    _invert_upper(matrix[half:, half:])
+    matrix[:half, half:] = -(matrix[:half, :half] @ matrix[:half, half:] @ matrix[half:, half:])
 
 
 def _remedy(matrix: Tensor, mean: Tensor, damping: float) -> str:

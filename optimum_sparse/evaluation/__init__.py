@@ -2,7 +2,7 @@
 
 from .perplexity import Perplexity, perplexity
 from .plots import plot_sensitivity, plot_sweep
-from .sensitivity import LossIncrease, measure_sensitivity
+from .sensitivity import LossIncrease, check_allocation, measure_sensitivity
 from .speed import Speed, measure_speed
 from .sweep import Point, SweepResult, grid, sweep
 from .tasks import TaskScore, score_tasks
@@ -15,6 +15,7 @@ __all__ = [
     "Speed",
     "SweepResult",
     "TaskScore",
+    "check_allocation",
     "grid",
     "measure_sensitivity",
     "measure_speed",

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..calibration import load_documents
+from ..calibration import called, load_documents
+from ..config import is_token_ids
 from ..hf.placement import execution_device
-from ..hf.prune import evaluating
+from ..hf.prune import check_tokens, evaluating
 from ..kernels.precision import onednn_fp32
 
 
@@ -36,7 +37,9 @@ class Perplexity:
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.perplexity:.2f} +- {self.standard_error:.2f} ({self.windows} windows of {self.window} tokens)"
+        error = "" if math.isnan(self.standard_error) else f" +- {self.standard_error:.2f}"
+        windows = "window" if self.windows == 1 else "windows"
+        return f"{self.perplexity:.2f}{error} ({self.windows} {windows} of {self.window} tokens)"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,13 +64,17 @@ def perplexity(
         max_windows: only the first ones.
 
     Raises:
-        ValueError: the text is shorter than one window, saying how long it is; a window that predicts nothing.
+        ValueError: the text is shorter than one window, saying how long it is; a window that predicts nothing, or is
+            longer than the model takes; token ids that it does not have.
     """
     for name, number, least in (("window", window, 2), ("max_windows", max_windows, 1), ("batch_size", batch_size, 1)):
         if number is not None and number < least:
             raise ValueError(f"{name}={number}: must be {least} or more.")
-    ids = dataset.long() if isinstance(dataset, Tensor) else _windows(dataset, tokenizer, window, max_windows)
-    ids = ids[:max_windows]
+    ids = dataset if isinstance(dataset, Tensor) else _windows(dataset, tokenizer, window, max_windows)
+    if not is_token_ids(ids) or ids.shape[1] < 2:
+        raise ValueError(f"token ids must be integers [windows, 2 or more], got {list(ids.shape)} {ids.dtype}.")
+    ids = ids[:max_windows].long()
+    check_tokens(model, [{"input_ids": ids}], "window")
     device = execution_device(model.get_input_embeddings())
     started = time.perf_counter()
     losses = []
@@ -82,6 +89,8 @@ def perplexity(
 
 def _windows(dataset: str | list[str], tokenizer: Any, window: int, max_windows: int | None) -> Tensor:
     """The text's tokens as int64 [windows, window]; no more of it is read than `max_windows` need."""
+    if tokenizer is None:
+        raise ValueError("a text needs the model's tokenizer: give it, or token ids [windows, tokens].")
     documents = load_documents(dataset, "test")
     enough = math.inf if max_windows is None else window * max_windows
     pieces: list[str] = []
@@ -92,7 +101,9 @@ def _windows(dataset: str | list[str], tokenizer: Any, window: int, max_windows:
         if len(tokens) > enough:  # one token beyond, since the last one may go on in the text that was not read
             break
     if len(tokens) < window:
-        raise ValueError(f"the text has {len(tokens)} tokens, less than one window of {window}: lower the window.")
+        raise ValueError(
+            f"{called(dataset)} has {len(tokens)} tokens, less than one window={window}: give more text, or lower it."
+        )
     return tokens[: len(tokens) // window * window].view(-1, window)
 
 

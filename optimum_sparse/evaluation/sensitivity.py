@@ -8,7 +8,7 @@ which has to be long: a matrix costs thousandths of a nat, which a few hundred t
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..allocation import measure_losses, minimize_loss
 from ..config import SparsityConfig
-from ..core import InputStats, Pattern, Solved
+from ..core import NM, InputStats, Pattern, Solved, Unstructured
 from ..hf.blocks import full_name, make_plan, record_calls
 from ..hf.checkpoint import atomically
 from ..hf.prune import evaluating, token_batches
@@ -61,11 +61,7 @@ class LossIncrease:
         """
         curve = {float(name.split()[1]): place for place, name in enumerate(self.patterns) if ":" not in name}
         known = sorted(curve)
-        if len(known) < 2:
-            raise ValueError(
-                f"measured at {', '.join(self.patterns)}: an allocation needs two unstructured sparsities or more, "
-                "such as 0.3, 0.5 and 0.7."
-            )
+        check_allocation(known, sparsity)
         gains = sum(values[curve[known[-1]]] <= 0 for values in self.layers.values())
         if gains > len(self.layers) / 10:
             logger.warning(
@@ -95,6 +91,17 @@ class LossIncrease:
         return "\n".join(aligned(rows))
 
 
+def check_allocation(known: Sequence[float], sparsity: float) -> None:
+    """Raise ValueError unless losses at the sparsities `known` are enough to allocate this one."""
+    Unstructured(sparsity)
+    if len(known) < 2 or not min(known) <= sparsity <= max(known):
+        raise ValueError(
+            f"an allocation of {sparsity:g} needs losses at two unstructured sparsities or more, below and above it, "
+            f"such as {max(sparsity - 0.2, 0):.2g} and {min(sparsity + 0.2, 0.95):.2g}; "
+            f"there are {', '.join(f'{s:g}' for s in sorted(known)) or 'none'}."
+        )
+
+
 def measure_sensitivity(
     model: PreTrainedModel,
     config: SparsityConfig,
@@ -113,11 +120,14 @@ def measure_sensitivity(
             different outputs and tokens as independent. SparseGPT stands for all methods there.
 
     Raises:
-        ValueError: no pattern.
+        ValueError: no pattern, or one that does not fit.
     """
     if not patterns:
         raise ValueError("nothing to measure: give sparsities such as 0.5, or patterns such as '2:4'.")
     plan = make_plan(model, config)
+    for pattern in patterns:
+        if isinstance(pattern, NM):
+            make_plan(model, replace(config, pattern=str(pattern), sparsity=None, allocation="uniform", denser={}))
     full = full_name(model)
     sizes = {full(name): linear.shape[0] * linear.shape[1] for name, linear in plan.linears.items()}
     onload = partial(plan.onload, keep=False)

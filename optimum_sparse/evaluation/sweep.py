@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..config import RECIPES, SparsityConfig, describe_dataset
 from ..core import NM, parse_pattern
 from ..hf.blocks import find_blocks, make_plan
-from ..hf.checkpoint import atomically
+from ..hf.checkpoint import atomically, check_folder, read_json
 from ..hf.journal import differences
 from ..hf.placement import execution_device, onload
 from ..hf.prune import prune_model
@@ -94,9 +94,20 @@ class SweepResult:
 
     @classmethod
     def load(cls, folder: str | PathLike) -> "SweepResult":
-        """What `sweep` has written so far."""
-        content = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
-        return cls(content["about"], content["dense"], [Point(**point) for point in content["points"]])
+        """What `sweep` has written so far.
+
+        Raises:
+            OSError: there is nothing.
+            ValueError: something else has that name.
+        """
+        content = read_json(Path(folder) / RESULTS)
+        try:
+            return cls(content["about"], content["dense"], [Point(**point) for point in content["points"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{Path(folder) / RESULTS} is no file of a sweep's results ({error!r}): remove it, or choose another "
+                "output folder."
+            ) from error
 
     def save(self, folder: str | PathLike) -> None:
         """Write sweep.json and sweep.csv: each whole or not at all."""
@@ -189,6 +200,8 @@ def sweep(
         ValueError: before any work: a config that does not fit the model; `output` with results of another model,
             other settings or another recipe under the same label, naming the difference.
     """
+    if output is not None:
+        check_folder(output)
     for _, config in points:
         make_plan(model, config)
     _, blocks = find_blocks(model, points[0][1].block_name if points else None)

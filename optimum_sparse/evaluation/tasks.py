@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..hf.placement import execution_device
-from ..hf.prune import evaluating
+from ..hf.prune import check_tokens, evaluating
 from ..kernels.precision import onednn_fp32
 
 
@@ -52,7 +52,7 @@ class TaskScore:
     metric: str = "acc"
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.3f} +- {self.standard_error:.3f}"
+        return f"{self.accuracy:.3f}" + ("" if math.isnan(self.standard_error) else f" +- {self.standard_error:.3f}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -163,7 +163,11 @@ def _item(row: dict[str, Any]) -> Item:
 
 def _right(model: PreTrainedModel, tokenizer: Any, items: list[Item], batch_size: int, name: str) -> list[bool]:
     """Whether the model gets each item right."""
-    continuations = [_tokens(model, tokenizer, *option) for item in items for option in item.options]
+    try:
+        continuations = [_tokens(model, tokenizer, *option) for item in items for option in item.options]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    check_tokens(model, [{"input_ids": torch.tensor([part.ids])} for part in continuations], "tokens")
     likelihood, greedy = log_likelihoods(model, continuations, batch_size=batch_size, description=name)
     right = []
     first = 0
@@ -183,8 +187,8 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, context: str, continuation: 
     cut = max(0, len(ids) - most)
     if not cut < start < len(ids):
         raise ValueError(
-            f"{continuation[:40]!r} after {bare[-40:]!r} is {len(ids) - start} tokens after {start - cut}: must be "
-            f"one or more after one or more, of the last {most}, which are all that the model can see."
+            f"the continuation {continuation[:40]!r} has {len(ids) - start} tokens, its context {bare[-40:]!r} "
+            f"{start}: both must have at least one among the last {most}, which are all that the model can see."
         )
     return Continuation(ids[cut:], start - cut)
 

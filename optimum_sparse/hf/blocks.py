@@ -1,6 +1,7 @@
 """Where a transformers model keeps its decoder blocks and linears, and what its blocks are called with."""
 
 import contextlib
+import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -93,7 +94,10 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
         for name, module in model.named_modules():
             if block_name in (name, full(name)) and isinstance(module, nn.ModuleList):
                 return name, module
-        raise ValueError(f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}.")
+        lists = [full(name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        raise ValueError(
+            f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}, which has {_some(lists)}."
+        )
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = model if decoder is None else decoder
     unsplit = set(model._no_split_modules or [])
@@ -277,10 +281,10 @@ def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
     for kind, rules in named.items():
         for rule in rules:
             if not any(matches(rule, name) for name in names):
-                raise ValueError(
-                    f"{kind} names {rule!r}, which matches no module of {type(model).__name__}; its modules are "
-                    f"called like {names[-1]!r} and {names[len(names) // 2]!r}."
-                )
+                parts = dict.fromkeys(part for name in reversed(names) for part in (name, name.rpartition(".")[2]))
+                close = difflib.get_close_matches(rule, parts, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"they are called like {names[len(names) // 2]!r}."
+                raise ValueError(f"{kind} names {rule!r}, which matches no module of {type(model).__name__}: {hint}")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
@@ -34,7 +43,7 @@ REPORT_FILE = "sparsity_report.json"
 def read_report(directory: Path) -> PruningReport | None:
     """The report beside a checkpoint; None if there is none or it is not one."""
     try:
-        report = PruningReport.from_dict(json.loads((directory / REPORT_FILE).read_text(encoding="utf-8")))
+        report = PruningReport.from_dict(read_json(directory / REPORT_FILE))
         sum(math.prod(map(int, layer.shape)) * layer.sparsity for layer in report.layers)
         str(report)  # raises for values of other types
         return report
@@ -119,6 +128,22 @@ def check_new(output: Path, besides: str = "") -> None:
         raise FileExistsError(
             f"output {str(output)!r} exists and is not an empty folder: choose another, or remove it."
         )
+    check_folder(output)
+
+
+def check_folder(output: str | os.PathLike) -> None:
+    """Raise NotADirectoryError unless `output` is a folder, or can become one."""
+    path = Path(output).absolute()
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(f"output {str(output)!r}: {part} is a file; choose another.")
+
+
+def check_size(max_shard_size: int | str) -> None:
+    """Raise ValueError unless it is one: `save_pretrained` would find out when the work is done."""
+    known = isinstance(max_shard_size, str) and re.fullmatch(r"(\d*\.)?\d+ *[KMGT]B", max_shard_size.strip().upper())
+    if not known and (not isinstance(max_shard_size, int) or max_shard_size < 1):
+        raise ValueError(f"max_shard_size={max_shard_size!r}: must be a size such as '5GB' or '500MB', or bytes.")
 
 
 def export_dense(source: str, output: str | os.PathLike, **loading: Any) -> None:
@@ -128,15 +153,73 @@ def export_dense(source: str, output: str | os.PathLike, **loading: Any) -> None
     """
     read_config(source, **loading)
     with new_directory(output) as directory:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **loading)
+        model = load_model(source, dtype="auto", **loading)
         model.dequantize()
         model.save_pretrained(directory)
         copy_tokenizer(source, directory, **loading)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises OSError, or ValueError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, and must hold a JSON object: {{...}}.")
+    return content
+
+
+def load_config(source: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
+    """The config of a causal language model.
+
+    Raises:
+        OSError: no such folder, and no id on the hub.
+        ValueError: a model of another kind.
+    """
+    if not Path(source).exists():
+        try:
+            validate_repo_id(str(source))
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"{str(source)!r}: there is no such folder, and it is no id on the hub, such as 'org/model'."
+            ) from None
+    config = AutoConfig.from_pretrained(source, **hub)
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise ValueError(
+            f"{str(source)!r} has model_type {config.model_type!r}, which is no causal language model: only what "
+            "AutoModelForCausalLM loads can be pruned."
+        )
+    return config
+
+
+def load_model(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
+    """A causal language model, by AutoModelForCausalLM with these arguments, all of it from the checkpoint.
+
+    Raises:
+        OSError: no model there, or one that lacks weights (which transformers would fill with random numbers).
+        ValueError: weights of other shapes than the config says.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **loading)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # transformers has logged which
+        raise ValueError(f"the weights of {str(source)!r} do not fit its config.json: {error}") from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise OSError(
+            f"the checkpoint {str(source)!r} lacks {len(missing)} weights, and random numbers would take their place: "
+            f"{', '.join(missing[:4])}. It is not complete, or not of a causal language model."
+        )
+    return model
+
+
 def read_config(source: str, **loading: Any) -> tuple[PreTrainedConfig, SparsityConfig]:
     """The config of a sparse checkpoint, and the recipe in it. Raises ValueError for any other checkpoint."""
-    config = AutoConfig.from_pretrained(source, **loading)
+    config = load_config(source, **loading)
     stored = getattr(config, "quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != QUANT_METHOD:
         raise ValueError(

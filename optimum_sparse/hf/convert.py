@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ..config import QUANT_METHOD, SparsityConfig
@@ -27,11 +27,13 @@ from .checkpoint import (
     CheckpointInfo,
     inspect,
     legacy_format,
+    load_config,
     name_shards,
     names_in_model,
     new_directory,
     read_config,
     read_headers,
+    read_json,
     weight_files,
     write_report,
     writing,
@@ -93,8 +95,8 @@ class Checkpoint:
                 f"{str(source)!r} is no folder with a config.json. One on the hub has to be downloaded first: "
                 "hf download ID --local-dir FOLDER."
             )
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder, **loading)
+        content = read_json(folder / "config.json")
+        config = load_config(folder, **loading)
         stored = content.get("quantization_config")
         ours = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
         info = inspect(str(folder), **loading) if ours else None

@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from ..config import PAPER, SECOND_ORDER, SparsityConfig
+from ..config import IN_MEMORY, PAPER, SECOND_ORDER, SparsityConfig
 from ..core import Needs
 from ..formats import bitmask
 from ..report import PruningReport
@@ -154,7 +154,7 @@ def _recipe(config: SparsityConfig, method: str, source: str) -> list[str]:
     default = SparsityConfig()
     built_in = config.build_method()
     own = method != type(built_in).__name__
-    in_memory = config.dataset.startswith("in memory: ")
+    in_memory = config.dataset.startswith(IN_MEMORY)
     usual = SECOND_ORDER if built_in.needs is Needs.GRAM and not own else PAPER
     left_out = {*_WRITTEN_BY_PRUNING, *(["method"] if own else []), *(["dataset"] if in_memory else [])}
     arguments = []

@@ -7,6 +7,7 @@
         state/block-00007.json   there once block 7 is done: its reports, its shards, the files of the next inputs
         hidden/                  inputs of the next block, batch by batch
         scratch/                 emptied by the next run
+        lock                     held by the process that is at it
 
 Every file appears by a rename, after its content and before whatever counts on it.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,12 +29,13 @@ from torch import Tensor
 
 from ..pipeline import Calls
 from ..report import LayerReport
-from .checkpoint import atomically, check_new, sync, writing
+from .checkpoint import atomically, check_new, read_json, sync, writing
 
 
 HIDDEN_LIMIT = 2**29  # bytes of hidden states of one path that are also kept in memory
 MANIFEST = "manifest.json"
 COMPLETE = "complete"
+LOCK = "lock"
 
 
 class Journal:
@@ -58,8 +60,9 @@ class Journal:
         Raises:
             FileExistsError: `output` exists and is not an empty folder.
             ValueError: it was begun with another manifest; names the differences.
+            OSError: another process is at it.
         """
-        self.output = Path(output)
+        self.output = Path(os.path.abspath(output))  # "." has a name as well
         beside, inside = self.output.with_name(f".{self.output.name}.unfinished"), self.output / ".unfinished"
         self.folder = inside if self.output.is_dir() and not beside.exists() else beside
         self.checkpoint, self.scratch = self.folder / "checkpoint", self.folder / "scratch"
@@ -72,6 +75,9 @@ class Journal:
         self._check(json.loads(json.dumps(manifest, default=str)))
         if not self.complete:
             check_new(self.output, besides=inside.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder / LOCK)
+        if not self.complete:
             self._open(manifest)
 
     @property
@@ -81,7 +87,7 @@ class Journal:
 
     def _check(self, manifest: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
-        found = list(differences(json.loads(path.read_text(encoding="utf-8")), manifest)) if path.exists() else []
+        found = list(differences(read_json(path), manifest)) if path.exists() else []
         if found:
             raise ValueError(
                 f"{self.folder} holds an unfinished run that differs from this one: {'; '.join(found[:4])}. Run with "
@@ -173,6 +179,10 @@ class Journal:
         """What autograd saves inside is in files until it is used."""
         return torch.autograd.graph.saved_tensors_hooks(lambda x: Stored.write(x, self.scratch), Stored.read)
 
+    def close(self) -> None:
+        """Let another process, or another call, go on with what is there."""
+        self._lock.close()
+
     def fail(self) -> str | None:
         """After an error: how to go on; None, and no trace is left, if there is nothing worth it."""
         if self.start == 0 and not {path.stem for path in self._state.glob("*.pt")} - {"tokens"}:
@@ -196,9 +206,32 @@ class Journal:
             sync(self.output.parent)
         for name in ("checkpoint", "state", "hidden", "scratch"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in (MANIFEST, COMPLETE):
+        for name in (MANIFEST, COMPLETE, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rmdir()
+
+
+def lock(path: Path) -> IO:
+    """A file that no other process holds, until it is closed or this process ends, however it does.
+
+    Raises:
+        OSError: another one holds it.
+    """
+    file = path.open("w")
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(
+            f"another process is writing to {path.parent}: wait until it is done, or choose another output."
+        ) from error
+    except OSError:  # not on this file system
+        pass
+    return file
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -207,7 +240,12 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         for key in sorted({*before, *now}):
             yield from differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     elif before != now:
-        yield f"{name} was {before!r} and is {now!r}"
+        yield f"{name} was {_short(before)} and is {_short(now)}"
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class Stored:

@@ -63,6 +63,18 @@ def _store(weights: Any, name: str, tensor: Tensor) -> None:
     return None
 
 
+def usable_device(name: str) -> torch.device:
+    """The device with this name. Raises ValueError unless there is one here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"there is no device {name!r} here: it must be 'cpu', or 'cuda' (or 'cuda:0') where PyTorch finds a GPU."
+        ) from error
+    return device
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: where accelerate brings its weights if they are offloaded, else where they are."""
     hook = _offload_hook(module)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .. import ranks
 from ..allocation import allocate
 from ..calibration import calibration_batches
-from ..config import DENSE, SparsityConfig, describe_dataset
+from ..config import DENSE, SparsityConfig, describe_dataset, is_texts
 from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
@@ -260,8 +260,8 @@ def token_batches(
     model: PreTrainedModel, config: SparsityConfig, data: Any, tokenizer: Any
 ) -> list[dict[str, Tensor]]:
     """Token batches of `data` that fit the model."""
-    if isinstance(data, str | list):
-        _check_length(model, config.sequence_length)
+    if isinstance(data, str) or is_texts(data):
+        _check_length(model, config.sequence_length, "sequence_length")
     batches = calibration_batches(
         data,
         tokenizer,
@@ -271,7 +271,7 @@ def token_batches(
         seed=config.seed,
         sample=lambda samples, tokens, seed: sample_text(model, samples, tokens, seed),
     )
-    _check_tokens(model, batches)
+    check_tokens(model, batches, "sequence_length")
     return batches
 
 
@@ -389,8 +389,13 @@ def _check(model: PreTrainedModel) -> None:
         )
 
 
-def _check_tokens(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
-    """Token ids of another tokenizer fail here, and not as an index error in the embedding."""
+def check_tokens(model: PreTrainedModel, batches: list[dict[str, Tensor]], option: str) -> None:
+    """Token ids of another tokenizer, or more than there are positions for, fail here, and not as an index error in
+    an embedding; or not at all.
+
+    Raises:
+        ValueError: naming `option`, which says how many tokens a sequence has.
+    """
     vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     low = min(int(batch["input_ids"].min()) for batch in batches)
     high = max(int(batch["input_ids"].max()) for batch in batches)
@@ -398,10 +403,10 @@ def _check_tokens(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> N
         raise ValueError(
             f"token ids go from {low} to {high}; the model has {vocabulary}: use the model's own tokenizer."
         )
-    _check_length(model, max(batch["input_ids"].shape[1] for batch in batches))
+    _check_length(model, max(batch["input_ids"].shape[1] for batch in batches), option)
 
 
-def _check_length(model: PreTrainedModel, tokens: int) -> None:
+def _check_length(model: PreTrainedModel, tokens: int, option: str) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
-        raise ValueError(f"sequences of {tokens} tokens; the model takes {limit}: sequence_length={limit} or less.")
+        raise ValueError(f"sequences of {tokens} tokens; the model takes {limit}: {option}={limit} or less.")

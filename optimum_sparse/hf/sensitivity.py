@@ -84,8 +84,8 @@ def fisher(
         real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
         if not torch.isfinite(logits).all():
             raise ValueError(
-                f"the logits hold NaN or infinity: the model does not run in its dtype ({model.dtype}) on this data. "
-                "Load it in bfloat16 or float32."
+                f"the logits hold NaN or infinity: a weight of the checkpoint does, or the model does not run in its "
+                f"dtype ({model.dtype}) on this data. Load it in bfloat16 or float32."
             )
         _backward(logits, real, seeds)
 

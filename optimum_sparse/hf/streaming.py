@@ -20,17 +20,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..config import SparsityConfig
 from ..pipeline import Block
 from ..version import __version__
 from .blocks import find_blocks
-from .checkpoint import name_shards, read_headers, sync, write_report, writing
+from .checkpoint import load_config, load_model, name_shards, read_headers, sync, write_report, writing
 from .hub import write_card
 from .integration import HUB_ARGUMENTS
 from .journal import Journal
+from .placement import usable_device
 from .prune import prune_model
 from .quantizer import SparsityQuantizer
 
@@ -60,13 +61,14 @@ def stream(
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
         ValueError: an unfinished run there had another recipe or model, naming the differences.
-        OSError: a file that cannot be read or written. Finished blocks are kept, for the next run.
+        OSError: a file that cannot be read or written; finished blocks are kept, for the next run. Or another process
+            is writing there.
     """
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    device = str(torch.device(device_map or "cpu"))
+    device = str(usable_device(device_map or "cpu"))
     hub = {name: loading[name] for name in HUB_ARGUMENTS if name in loading}
-    model_config = loading.get("config") or AutoConfig.from_pretrained(source, **hub)
+    model_config = loading.get("config") or load_config(source, **hub)
     settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
     manifest = {
         "recipe": config.to_dict(),
@@ -78,19 +80,21 @@ def stream(
             "transformers": transformers.__version__,
         },
     }
-    journal = Journal(output, manifest)
-    if not journal.complete:
-        try:
-            if journal.start:
-                logger.warning("%s holds an unfinished run: going on from block %d.", journal.folder, journal.start)
-            model = _load(source, model_config, config.block_name, device, journal.scratch / "offload", loading)
-            _prune(model, config, tokenizer, journal, max_shard_size)
-        except BaseException:
-            remains = journal.fail()
-            if remains is not None:
-                logger.warning(remains)
-            raise
-    journal.publish()
+    with contextlib.closing(Journal(output, manifest)) as journal:
+        if not journal.complete:
+            try:
+                if journal.start:
+                    logger.warning(
+                        "%s holds an unfinished run: going on from block %d.", journal.folder, journal.start
+                    )
+                model = _load(source, model_config, config.block_name, device, journal.scratch / "offload", loading)
+                _prune(model, config, tokenizer, journal, max_shard_size)
+            except BaseException:
+                remains = journal.fail()
+                if remains is not None:
+                    logger.warning(remains)
+                raise
+        journal.publish()
 
 
 def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | None:
@@ -129,7 +133,7 @@ def _load(
         places |= {f"{path}{name}": device for name in beside if name != part}
         owner, path = getattr(owner, part), f"{path}{part}."
     with _quiet():
-        return AutoModelForCausalLM.from_pretrained(source, **loading, device_map=places, offload_folder=folder)
+        return load_model(source, **loading, device_map=places, offload_folder=folder)
 
 
 def _prune(

@@ -159,33 +159,44 @@ struct Words {
 
 // ---- gather
 
-// x in shared memory as `gather` reads it: a word's 32 columns backwards after a zero, so that -1, which stands for no
-// bit, is safe, and lanes that read the same column of their words read from different banks. One token as fp32, more
-// as 16 bits each.
+// x in shared memory as `gather` reads it: of 1,024 columns at a time, STEP_ROW numbers for each column of a word, one of
+// each word. So a lane, whose words are the same of every step, reads from a bank of its own, whatever its columns are.
+// They come backwards after a zero, so that -1, which stands for no bit, is safe. One token as fp32, more as 16 bits each.
+constexpr int STEP_ROW = LANES, STAGED = 33 * STEP_ROW;  // numbers of a step
+
+// Where column 31 - `zeros` of a word is.
+__device__ __forceinline__ int place(int word, int zeros) {
+  return word / STEP * STAGED + (zeros + 1) * STEP_ROW + word % STEP;
+}
+
 template <bool BF16, int TOKENS>
 __device__ void spread_x(const Call& call, u32* staged) {
   constexpr int EACH = TOKENS == 4 ? 2 : 1;  // 32-bit numbers per column
-  const int columns = call.w.columns;
-  for (int i = threadIdx.x; i < columns / 32; i += blockDim.x)
+  const int columns = call.w.columns, words = (columns / 32 + STEP - 1) / STEP * STEP;
+  for (int i = threadIdx.x; i < words; i += blockDim.x)
 #pragma unroll
-    for (int j = 0; j < EACH; j++) staged[33 * EACH * i + j] = 0;
-  for (int i = threadIdx.x; i < columns / 8; i += blockDim.x) {
+    for (int j = 0; j < EACH; j++) staged[EACH * place(i, -1) + j] = 0;
+  for (int i = threadIdx.x; i < 4 * words; i += blockDim.x) {  // the lanes of a warp write to different words
+    const int word = i / (4 * LANES) * LANES + i % LANES, quarter = i / LANES % 4;
+    if (word >= columns / 32) continue;
     u32 tokens[TOKENS][4];
 #pragma unroll
     for (int token = 0; token < TOKENS; token++) {
       const bool there = token < call.tokens;
-      const uint4 eight = there ? __ldg((const uint4*)(call.x + (i64)token * columns) + i) : make_uint4(0, 0, 0, 0);
+      const uint4* from = (const uint4*)(call.x + (i64)token * columns) + 4 * word + quarter;
+      const uint4 eight = there ? __ldg(from) : make_uint4(0, 0, 0, 0);
       tokens[token][0] = eight.x, tokens[token][1] = eight.y, tokens[token][2] = eight.z, tokens[token][3] = eight.w;
     }
-    u32* to = staged + EACH * (33 * (i / 4) + 32 - i % 4 * 8);
+    u32* to = staged + EACH * place(word, 31 - 8 * quarter);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       if (TOKENS == 1) {
-        to[-j] = __float_as_uint(j % 2 ? high<BF16>(tokens[0][j / 2]) : low<BF16>(tokens[0][j / 2]));
+        to[-j * STEP_ROW] = __float_as_uint(j % 2 ? high<BF16>(tokens[0][j / 2]) : low<BF16>(tokens[0][j / 2]));
       } else {
 #pragma unroll
         for (int k = 0; k < EACH; k++)
-          to[k - EACH * j] = permute(tokens[2 * k][j / 2], tokens[2 * k + 1][j / 2], j % 2 ? 0x7632 : 0x5410);
+          to[k - EACH * j * STEP_ROW] =
+              permute(tokens[2 * k][j / 2], tokens[2 * k + 1][j / 2], j % 2 ? 0x7632 : 0x5410);
       }
     }
   }
@@ -237,15 +248,16 @@ __global__ void __launch_bounds__(512) gather(const Call call) {
     fetch();
 
     if (at < words) {
-      const u32* x = staged + EACH * (33 * at + 1);
+      const u32* x = staged + EACH * place(at, 0);
       now.walk([&](int i, int zeros) {
-        add<BF16, TOKENS>(i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]), x + EACH * zeros, sum);
+        const float value = i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]);
+        add<BF16, TOKENS>(value, x + EACH * STEP_ROW * zeros, sum);
       });
     }
     now.walk_overflow(w, lane, [&](u32 entry) {
       const int column = entry >> 16;
       if (column < w.columns)
-        add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * (33 * (column / 32) + 32 - column % 32), sum);
+        add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * place(column / 32, 31 - column % 32), sum);
     });
     if (step) continue;
     const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;

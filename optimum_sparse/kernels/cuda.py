@@ -92,15 +92,16 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
     rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
-    # From here on as measured on an H100 and an H200: tests/benchmarks/launches.py.
+    # From here on as measured on an H100 and an H200 (tests/benchmarks/launches.py), but for `gather` at 3 and 4 tokens
+    # without overflow, which by its counts of instructions and shared memory takes less than `multiply`.
     large, hopper = rows * layout.in_features >= 2**25, _is_hopper(device)
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
-    if tokens <= 2 or (layout.overflow and tokens <= 4):
+    if tokens <= (2 if layout.pairs else 4):
         staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
         warps = min(16, -(-rows // (2 * processors)))
-        shared = 33 * 4 * words * (2 if staged == 4 else 1)
+        shared = 33 * 4 * (-(-words // 32) * 32) * (2 if staged == 4 else 1)
         if shared <= most_shared:
             blocks = min(-(-rows // warps), 2 * processors)
             return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
@@ -131,8 +132,8 @@ def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int)
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] -> [tokens, out] by what `plan` says."""
-    y = x.new_empty(x.shape[0], matrix.layout.rows)
+    """x [..., in] -> [..., out] by what `plan` says."""
+    y = x.new_empty(*x.shape[:-1], matrix.layout.rows)
     _launch(launch, matrix, x, bias, y)
     return y
 
@@ -171,33 +172,39 @@ class _Call(ctypes.Structure):
 
 def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     values, mask, overflow, starts, layout = matrix
-    call = _Call()
+    # What had to be copied stays alive, by its name, until the launch.
+    values, mask = aligned(values), aligned(mask)
+    call = _Call(values.data_ptr(), mask.data_ptr())
     call.rows, call.columns, call.y = layout.rows, layout.in_features, y.data_ptr()
-    values, mask = aligned(values), aligned(mask)  # names keep what was copied alive until the launch
-    call.values, call.mask = values.data_ptr(), mask.data_ptr()
+    rows, columns, tokens = layout.rows, layout.in_features, 0
     if overflow is not None and starts is not None:
         overflow, starts = aligned(overflow), aligned(starts)
         call.overflow, call.starts = overflow.data_ptr(), starts.data_ptr()
     if x is not None:
         x = aligned(x)
-        call.x, call.tokens = x.data_ptr(), x.shape[0]
+        tokens = x.numel() // columns
+        call.x, call.tokens = x.data_ptr(), tokens
     if bias is not None:
         bias = aligned(bias)
         call.bias = bias.data_ptr()
-    if launch.tile and x is not None:
-        spans, tokens = -(-layout.in_features // SPAN), -(-len(x) // launch.tile) * launch.tile
-        steps = -(-layout.rows // (64 * launch.groups)) * (tokens // launch.tile) * spans
-        call.each, call.rest = divmod(steps, launch.grid[0])
+    device = y.get_device()
+    if launch.tile:
+        spans, tiles = -(-columns // SPAN), -(-tokens // launch.tile)
+        call.each, call.rest = divmod(-(-rows // (64 * launch.groups)) * tiles * spans, launch.grid[0])
         call.count = launch.grid[0] * launch.groups
-        arranged, sums = 2 * tokens * spans * SPAN, call.count * 64 * launch.tile * 4
-        scratch = torch.empty(arranged + sums + 4 * call.count, dtype=torch.uint8, device=y.device)
+        arranged, sums = 2 * tiles * launch.tile * spans * SPAN, call.count * 64 * launch.tile * 4
+        scratch = y.new_empty(arranged + sums + 4 * call.count, dtype=torch.uint8)
         call.y = scratch.data_ptr()
         call.partial, call.flags = call.y + arranged, call.y + arranged + sums
-        _run(
-            Launch(f"arrange<{launch.tile}>", (-(-spans // 4), tokens // 8), 128, 0, launch.tile), call, y.get_device()
-        )
+        _run(_arrange(launch.tile, spans, tiles), call, device)
         call.x, call.y = call.y, y.data_ptr()
-    _run(launch, call, y.get_device())
+    _run(launch, call, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _arrange(tile: int, spans: int, tiles: int) -> Launch:
+    """What writes x as `stream` wants it."""
+    return Launch(f"arrange<{tile}>", (-(-spans // 4), tiles * tile // 8), 128, 0, tile)
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -212,7 +219,7 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
         with torch.cuda.device(device):
             return _run(launch, call, device)
     function = _function(launch.kernel, device)
-    config = _config(launch, torch.cuda.current_stream(device).cuda_stream)
+    config = _config(launch, torch._C._cuda_getCurrentRawStream(device))  # current_stream makes an object of it
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before

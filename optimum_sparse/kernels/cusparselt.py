@@ -60,21 +60,25 @@ def pack(weight: Tensor, dense_mask: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] -> [tokens, out]."""
-    tokens, in_features = x.shape
+    """x [..., in] -> [..., out]."""
+    device, sizes = x.get_device(), x.shape[:-1]
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return linear(x, packed, out_features, bias)
+    in_features = x.shape[-1]
+    tokens = x.numel() // in_features
     more = -tokens % SIZES
-    x = F.pad(x, (0, 0, 0, more)) if more else aligned(x)
+    x = F.pad(x.reshape(-1, in_features), (0, 0, 0, more)) if more else aligned(x)
     shape = out_features, in_features, tokens + more
     y = x.new_empty(tokens + more, out_features)
-    with torch.cuda.device(x.device):
-        algorithm = _best_algorithm(x, packed, y, shape)
-        try:
-            _multiply(algorithm, shape, packed, x, y)
-        except RuntimeError:  # it was the best for about as many tokens, and does not take these
-            if not algorithm:
-                raise
-            _multiply(0, shape, packed, x, y)
-    y = y[:tokens]
+    algorithm = _best_algorithm(x, packed, y, shape)
+    try:
+        _multiply(algorithm, shape, packed, x, y)
+    except RuntimeError:  # it was the best for about as many tokens, and does not take these
+        if not algorithm:
+            raise
+        _multiply(0, shape, packed, x, y)
+    y = (y[:tokens] if more else y).view(*sizes, out_features)
     return y if bias is None else y.add_(bias)
 
 
@@ -91,8 +95,8 @@ def usable(device: int, dtype: torch.dtype, out_features: int, in_features: int)
 def _multiply(algorithm: int, shape: tuple[int, int, int], packed: Tensor, x: Tensor, y: Tensor) -> None:
     device = x.get_device()
     plan, workspace = _plan(device, x.dtype, shape, algorithm)
-    scratch = torch.empty(workspace, dtype=torch.uint8, device=x.device) if workspace else None
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    scratch = x.new_empty(workspace, dtype=torch.uint8) if workspace else None
+    stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
     output, scratch_at = y.data_ptr(), None if scratch is None else scratch.data_ptr()
     streams = ctypes.addressof(stream), 1
     operands = _ONE, packed.data_ptr(), x.data_ptr(), _ZERO, output, output
@@ -206,8 +210,7 @@ def _function(name: str, arguments: int) -> Any:
 
 def _call(name: str, *arguments: int | None) -> None:
     """All arguments are pointers, 64-bit or small numbers: ctypes passes each as 64 bits, which the ABI allows."""
-    status = _function(name, len(arguments))(*arguments)
-    if status:
+    if status := _function(name, len(arguments))(*arguments):
         raise RuntimeError(f"cusparseLt{name} returned {status}")
 
 

@@ -206,13 +206,11 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
     layout, packed = matrix.layout, compressed.semi_structured
     tokens = x.numel() // layout.in_features
     if packed is not None and tokens > PAIRS_TOKENS:
-        y = cusparselt.linear(x.reshape(-1, layout.in_features), packed, layout.rows, bias)
-        return y.view(*x.shape[:-1], layout.rows)
+        return cusparselt.linear(x, packed, layout.rows, bias)
     launch = cuda.plan(layout, tokens, x.get_device())
     if launch is None:
         return F.linear(x, cuda.expand(matrix), bias)
-    y = cuda.linear(launch, x.reshape(-1, layout.in_features), matrix, bias)
-    return y.view(*x.shape[:-1], layout.rows)
+    return cuda.linear(launch, x, matrix, bias)
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
@@ -230,13 +228,13 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
     weight, weight_mask, weight_rows, in_features, _, overflow, starts, packed = matrix
     device, dtype = weight.device, weight.dtype
-    numbers = ("semi_structured", packed), ("bias", bias), ("x", x)
-    places = ("weight_mask", weight_mask), ("weight_rows", weight_rows), ("overflow", overflow), ("starts", starts)
-    for name, tensor in (*places, *numbers):
+    for tensor in (weight_mask, weight_rows, overflow, starts, packed, bias, x):
         if tensor is not None and tensor.device != device:
+            name = _name_of(tensor, x, matrix, bias)
             raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {device}: move one.")
-    for name, tensor in numbers:
+    for tensor in (packed, bias, x):
         if tensor is not None and tensor.dtype != dtype:
+            name = _name_of(tensor, x, matrix, bias)
             raise ValueError(f"{name} is {tensor.dtype}, the compressed weight {dtype}: convert one.")
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {list(x.shape)}: its last dimension must be {in_features}, the layer's inputs.")
@@ -264,6 +262,10 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
         raise ValueError(f"semi_structured is {_describe(packed)}: must be {size} or more.")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
+
+
+def _name_of(tensor: Tensor, x: Tensor, matrix: _Matrix, bias: Tensor | None) -> str:
+    return next(name for name, other in (*matrix._asdict().items(), ("bias", bias), ("x", x)) if other is tensor)
 
 
 def _describe(tensor: Tensor) -> str:
@@ -300,7 +302,23 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     """
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
         return _linear(x, *args)
+    if _is_seen_by_nobody(x):
+        return _linear_cuda(x, *args)
     return _linear_without_gradients(x, *args)
+
+
+def _is_seen_by_nobody(x: Tensor) -> bool:
+    """Whether x is on a GPU and PyTorch's dispatcher has nothing to do but to call the kernel: no torch.compile, mode,
+    transform, subclass or profiler. A token of a small model waits for the CPU, for which the dispatcher is as much
+    work as the launch."""
+    return (
+        type(x) is Tensor
+        and x.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 _LIBRARY.impl("expand", _expand_reference, "CompositeExplicitAutograd")

@@ -54,7 +54,9 @@ class SparseLinear(nn.Module):
             self.register_buffer("weight_rows", None)
         for name in ("overflow", "starts", "semi_structured"):  # after all others: torch.export counts on it
             self.register_buffer(name, None, persistent=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        )
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> "SparseLinear":
@@ -130,9 +132,21 @@ class SparseLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else as_multiplied(self.bias)
-        matrix = as_multiplied(self.weight), self.weight_mask, self.weight_rows, self.in_features
-        return linear(as_multiplied(x), *matrix, bias, self._group, *self._layout)
+        # Not by attributes, of which nn.Module makes a microsecond each.
+        parameters: dict[str, Any] = self._parameters
+        buffers, bias = self._buffers, parameters["bias"]
+        return linear(
+            as_multiplied(x),
+            as_multiplied(parameters["weight"]),
+            buffers["weight_mask"],
+            buffers["weight_rows"],
+            self.in_features,
+            None if bias is None else as_multiplied(bias),
+            self._group,
+            buffers["overflow"],
+            buffers["starts"],
+            buffers["semi_structured"],
+        )
 
     @property
     def _group(self) -> int:

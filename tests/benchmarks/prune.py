@@ -33,14 +33,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a sample")
-    parser.add_argument("--batch", type=int, default=8, help="samples that go through a block together")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    add_sizes(parser)
     parser.add_argument("--compare", type=Path, help="folder: the first run writes its masks there, others compare")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -71,6 +64,18 @@ def main() -> None:
     state.destroy_process_group()
 
 
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Of the model and its data."""
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a sample")
+    parser.add_argument("--batch", type=int, default=8, help="samples that go through a block together")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+
+
 def random_llama(args: argparse.Namespace, layers: int) -> PreTrainedModel:
     config = LlamaConfig(
         num_hidden_layers=layers,
@@ -84,12 +89,17 @@ def random_llama(args: argparse.Namespace, layers: int) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
 
 
+def random_batches(args: argparse.Namespace, model: PreTrainedModel, samples: int, seed: int = 1) -> DataLoader:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (samples, args.tokens), generator=generator)
+    return DataLoader([{"input_ids": part} for part in ids.split(args.batch)], batch_size=None)
+
+
 def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern: str, samples: int) -> str:
     """One row of the table."""
     cuda = args.device.type == "cuda"
     config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
-    ids = torch.randint(model.config.vocab_size, (samples, args.tokens), generator=torch.Generator().manual_seed(1))
-    data = DataLoader([{"input_ids": part} for part in ids.split(args.batch)], batch_size=None)
+    data = random_batches(args, model, samples)
     gc.collect()
     before = 0
     if cuda:

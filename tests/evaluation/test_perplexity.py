@@ -69,8 +69,28 @@ def test_standard_error_is_of_the_mean_between_windows(model):
 
 
 def test_too_short_a_text_says_how_long_it_is(model, tokenizer):
-    with pytest.raises(ValueError, match=r"3 tokens.*window of 8"):
+    with pytest.raises(ValueError, match=r"3 tokens.*window=8"):
         perplexity(model, tokenizer, ["w3 w4 w5"], window=8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((1, 8), 200), "token ids go from 200 to 200; the model has 200"),
+        (torch.full((1, 65), 5), "65 tokens; the model takes 64: window=64 or less"),
+        (torch.full((4, 1), 5), r"token ids must be integers \[windows, 2 or more\], got \[4, 1\]"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"got \[0, 8\]"),
+        (torch.zeros(2, 8), "got .* torch.float32"),
+        (["w3 w4 w5"], "needs the model's tokenizer"),
+    ],
+)
+def test_what_the_model_cannot_read_is_refused(ids, message, model):
+    with pytest.raises(ValueError, match=message):
+        perplexity(model, None, ids, window=2)
+
+
+def test_a_single_window_has_no_error(model):
+    assert str(perplexity(model, None, torch.full((1, 8), 5))).endswith(" (1 window of 8 tokens)")
 
 
 def test_training_mode_is_given_back(model):

@@ -35,6 +35,18 @@ def test_by_perplexity_is_pruning_that_one_alone():
         assert found.layers[name][2] == pytest.approx(loss(alone) - loss(model), abs=1e-5)
 
 
+def test_a_pattern_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="multiples of M"):
+        measure_sensitivity(make_model("llama"), config(), [NM(3, 5)])
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.8])
+def test_an_allocation_outside_of_what_was_measured_is_refused(sparsity):
+    found = LossIncrease("error", ["unstructured 0.3", "unstructured 0.7"], {"a": [1.0, 2.0]}, {}, {"a": 4})
+    with pytest.raises(ValueError, match=rf"an allocation of {sparsity} needs .* there are 0\.3, 0\.7"):
+        found.allocation(sparsity)
+
+
 def test_by_error_is_what_the_likelihood_feels():
     """Rises with sparsity, adds up to blocks, and leaves the model as it was."""
     model = make_model("llama")

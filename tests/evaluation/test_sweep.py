@@ -30,6 +30,14 @@ def test_points_are_those_of_pruning_a_fresh_model(architecture: str):
         assert point.sparsity == pytest.approx(0.6 if config.sparsity else 0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"about": {}}', '{"about": {}, "dense": {}, "points": [{}]}'])
+def test_a_file_of_something_else_is_no_result(content: str, tmp_path):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json (is|holds)"):
+        sweep(make_model("llama"), grid(["magnitude"], [0.5], **DATA), evaluate, tmp_path)
+    assert (tmp_path / "sweep.json").read_text() == content
+
+
 def test_an_offloaded_model_gives_the_same():
     points = grid(["wanda"], [0.5], ["2:4"], **DATA)
     model = cpu_offload(make_model("llama"))

@@ -56,6 +56,19 @@ def test_round_trip(case: tuple[Tensor, Pattern]):
     assert equal(bitmask.encode(dense, pattern), tensors), "a matrix has exactly one encoding"
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize("shape", [(1024, 1024), (1025, 1024), (2 * 1048 + 1, 1000), (3, 2**20 + 8)], ids=str)
+def test_more_weights_than_are_moved_at_a_time(shape: tuple[int, int], pattern: Pattern):
+    """The last part is full, one row, what is left; or a row is more than a part."""
+    assert shape[0] * shape[1] >= bitmask.CHUNK
+    weight = sparse_matrix(*shape, pattern, torch.bfloat16, 0, zeros=1e-4)
+    tensors = bitmask.encode(weight, pattern)
+    keep = bitmask.unpack_bits(tensors["weight_mask"], shape[1])
+    assert torch.equal(tensors["weight"].flatten(), weight[keep])
+    assert not weight[~keep].any()
+    assert torch.equal(bitmask.decode(tensors, shape, pattern), weight)
+
+
 @settings(max_examples=60, deadline=None)
 @given(case=matrices())
 def test_layout_tells_shapes_and_dtypes_from_the_pattern_alone(case: tuple[Tensor, Pattern]):

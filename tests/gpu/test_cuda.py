@@ -42,6 +42,27 @@ def test_gram_accumulates_in_fp32(dtype):
     assert ((stats.gram.cpu() - exact).norm() / exact.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("needs", [Needs.DIAGONAL, Needs.GRAM], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_and_reported_errors_are_those_of_float64(dtype, needs):
+    x, weight = ar_inputs(2000, 384, dtype), torch.randn(96, 384, generator=torch.Generator().manual_seed(1))
+    stats = InputStats(384, needs, "cuda")
+    for part in x.cuda().split(777):
+        stats.update(part)
+    torch.testing.assert_close(
+        stats.mean_square.cpu().double(),
+        x.double().square().mean(0),
+        rtol=1e-5 if dtype == torch.float32 else 1e-4,
+        atol=0,
+    )
+    for change in (1.0, 1e-2, 1e-4):  # small errors are where rounding would show
+        pruned = weight + change * torch.randn(96, 384, generator=torch.Generator().manual_seed(2))
+        powers = [(x.double() @ matrix.double().T).square().sum() for matrix in (pruned - weight, weight)]
+        assert stats.relative_error(weight.cuda(), pruned.cuda()) == pytest.approx(
+            (powers[0] / powers[1]).item(), rel=1e-4
+        )
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_agree_with_the_cpu(method, pattern):

@@ -1,6 +1,7 @@
 """The Triton kernel of `sweep_block` on whole SparseGPT layers, against the reference on the same device."""
 
 import pytest
+import real_layers
 import torch
 from helpers import ar_inputs, random_weight, stats_of
 from torch import Tensor
@@ -61,6 +62,13 @@ def test_a_layer_by_the_kernel_equals_one_by_the_reference(
     solved, expected, blocks = both(weight, stats.inverse_factor(0.01), pattern, monkeypatch)
     assert blocks == -(-width // 128)
     assert_same_layer(solved, expected, weight, stats)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_layers_of_a_real_model(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    for name, weight, gram in real_layers.real_layers():
+        on_device = weight.cuda(), gram.cuda()
+        real_layers.assert_as_the_reference(name, *on_device, pattern, sweep.sweep_block_triton, monkeypatch)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)

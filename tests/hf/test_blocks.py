@@ -116,7 +116,7 @@ def test_block_name_of_the_whole_model_is_understood_by_its_base_model():
 def test_wrong_block_name(name):
     model = make_model("llama")
     before = weights_of(model)
-    with pytest.raises(ValueError, match=f"block_name='{name}'.*not a ModuleList.*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=f"block_name='{name}'.*not a ModuleList.*, which has model.layers"):
         Pruner.from_pretrained(model).prune(make_config(block_name=name))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -333,6 +333,12 @@ def test_names_that_match_nothing_are_refused(rules):
     rule = next(iter(next(iter(rules.values()))))
     with pytest.raises(ValueError, match=f"'{rule}', which matches no module of LlamaForCausalLM"):
         make_plan(make_model("llama"), make_config(**rules))
+
+
+@pytest.mark.parametrize(("rule", "meant"), [("qproj", "q_proj"), ("layers.0.mpl", "model.layers.0.mlp")])
+def test_a_mistyped_name_is_guessed(rule, meant):
+    with pytest.raises(ValueError, match=rf"{rule}.*: did you mean '{meant}'\?"):
+        make_plan(make_model("llama"), make_config(ignore=[rule]))
 
 
 def test_nothing_to_prune_is_an_error():

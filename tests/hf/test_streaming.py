@@ -16,13 +16,14 @@ from models import (
     run_python,
     stored_tensors,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse import Pruner, SparsityConfig
 from optimum_sparse.hf import journal as journal_module
 from optimum_sparse.hf import streaming
 from optimum_sparse.hf.checkpoint import read_report
-from optimum_sparse.hf.journal import Journal, Spilled, Stored
+from optimum_sparse.hf.journal import Journal, Spilled, Stored, lock
 from optimum_sparse.pipeline import Calls
 
 
@@ -321,11 +322,61 @@ def test_blocks_that_hand_on_state_begin_again(tmp_path):
     calls = Calls([torch.ones(1, 2, 3)], [[]], share_state=True)
     for _ in range(2):
         journal.end_block([], [], calls, {})
+    journal.close()
     journal = Journal(tmp_path / "out", {})
     assert journal.start == 2
     journal.go_on(calls)
     assert journal.start == 0
+    journal.close()
     assert Journal(tmp_path / "out", {}).start == 0
+
+
+def test_two_processes_do_not_write_to_one_output(source, tmp_path, monkeypatch):
+    stop_at(1, source, make_config(), tmp_path / "out", monkeypatch)
+    before = files_of(tmp_path)
+    with (
+        lock(tmp_path / ".out.unfinished" / "lock"),
+        pytest.raises(OSError, match=r"another process is writing to .*\.out\.unfinished: wait"),
+    ):
+        Pruner.from_pretrained(source).prune_to_disk(make_config(), tmp_path / "out")
+    assert files_of(tmp_path) == before
+    Pruner.from_pretrained(source).prune_to_disk(make_config(), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_to_the_folder_that_one_is_in(source, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    Pruner.from_pretrained(source).prune_to_disk(make_config("magnitude"), ".")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", ["model.layers.2.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_weights_is_refused(missing, source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OSError, match=rf"lacks 1 weights, and random numbers would take their place: {missing}\."):
+        Pruner.from_pretrained(source).prune_to_disk(make_config("magnitude"), tmp_path / "out")
+    with pytest.raises(OSError, match="lacks 1 weights"):
+        Pruner.from_pretrained(source).prune(make_config("magnitude"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_weights_of_another_shape_are_refused(source):
+    stored = json.loads((source / "config.json").read_text()) | {"intermediate_size": 96}
+    (source / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"the weights of '.*source' do not fit its config\.json"):
+        Pruner.from_pretrained(source).prune(make_config("magnitude"))
+
+
+@pytest.mark.parametrize("size", ["big", "5G", "GB", 0, -1, None, 1.5])
+def test_what_is_no_size_is_refused_before_any_work(size, source, tmp_path):
+    for model in (source, make_model("llama")):
+        pruner = Pruner.from_pretrained(model)
+        with pytest.raises(ValueError, match=rf"max_shard_size={size!r}: must be a size such as '5GB'"):
+            pruner.prune_to_disk(make_config("magnitude"), tmp_path / "out", max_shard_size=size)
+        assert pruner.report is None
 
 
 def test_hidden_states_in_files(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import sys
 
 import numpy
 import pytest
+import real_layers
 import torch
 from helpers import ar_inputs, random_weight, stats_of
 from torch import Tensor
@@ -141,6 +142,14 @@ def test_a_whole_layer(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
     assert stats.relative_error(weight, solved.weight) == pytest.approx(
         stats.relative_error(weight, expected.weight), rel=1e-3
     )
+
+
+@interpreter
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_some_rows_of_layers_of_a_real_model(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    for name, weight, gram in real_layers.real_layers():
+        rows = weight[:: len(weight) // 40].contiguous()
+        real_layers.assert_as_the_reference(name, rows, gram, pattern, sweep.sweep_block_triton, monkeypatch)
 
 
 @pytest.mark.parametrize(
