@@ -6,7 +6,7 @@ gets a number of values, its last ones, after zeros if it has fewer; what it has
 slots, that is 1.27 bytes per weight instead of 1.13, and still faster by half than a kernel that adds up.
 
     name      dtype        shape
-    values    the model's  [out, in / 32 * slots]
+    values    the model's  [out, in / 32, slots]: three dimensions, which values on disk never have
     overflow  int32        [entries]: column << 16 | the value's 16 bits, row by row in column order
     starts    int32        [out * ceil(in / 1024) + 1]: where the entries of each 1,024 columns of a row begin
 """
@@ -53,7 +53,7 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
             f"{in_features} inputs of {values.dtype}: must be at most {MOST_COLUMNS}, a multiple of 32, of 16 bits."
         )
     slots = _best_slots(mask, in_features)
-    packed = values.new_zeros(len(mask), in_features // 32 * slots)
+    packed = values.new_zeros(len(mask), in_features // 32, slots)
     overflow, starts = [], [torch.zeros(1, dtype=torch.int32, device=values.device)]
     for rows, here, where in _moves(values.reshape(-1), mask, in_features, slots):
         packed[rows].view(-1)[where.place[where.fits]] = here[where.fits]
@@ -65,7 +65,7 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
 
 def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
     """The `count` values in column order again."""
-    slots = packed.values.shape[1] * 32 // in_features
+    slots = packed.values.shape[2]
     values = packed.values.new_empty(count)
     first = 0
     for rows, here, where in _moves(values, mask, in_features, slots):

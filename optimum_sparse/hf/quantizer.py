@@ -311,19 +311,18 @@ class Decompress(ConversionOps):
 
 def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict, with the values on the CPU of layers that lie otherwise on their device: a device that a model
-    fills has no room for all of them twice."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-    packed = {name: module for name, module in layers.items() if module.packed}
-    for module in packed.values():
-        module.unpack()
+    fills has no room for all of them twice. The model itself is only read: others may be using it."""
+
+    def to_cpu(module: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: object) -> None:
+        state[f"{prefix}weight"] = state[f"{prefix}weight"].cpu()
+
+    packed = [module for module in model.modules() if isinstance(module, SparseLinear) and module.packed]
+    hooks = [module.register_state_dict_post_hook(to_cpu) for module in packed]
     try:
-        state = model.state_dict()
-        for name in packed:
-            state[f"{name}.weight"] = state[f"{name}.weight"].cpu()
+        return model.state_dict()
     finally:
-        for module in packed.values():
-            module.pack()
-    return state
+        for hook in hooks:
+            hook.remove()
 
 
 def _would_be_merged(model: PreTrainedModel, plan: Plan) -> bool:

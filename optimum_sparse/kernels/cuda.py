@@ -92,8 +92,8 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
     rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
-    # From here on as measured on an H100 and an H200 (tests/benchmarks/launches.py), but for `gather` at 3 and 4 tokens
-    # without overflow, which by its counts of instructions and shared memory takes less than `multiply`.
+    # From here on as measured on an H100 and an H200: tests/benchmarks/launches.py. Only `gather` at 3 and 4 tokens
+    # without overflow was not: by its counts of instructions and shared memory it takes less than `multiply`.
     large, hopper = rows * layout.in_features >= 2**25, _is_hopper(device)
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:

@@ -60,7 +60,7 @@ def pack(weight: Tensor, dense_mask: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-    """x [..., in] -> [..., out]."""
+    """x [..., in] -> [..., out]; `packed`, or the values in it, with the rest behind them."""
     device, sizes = x.get_device(), x.shape[:-1]
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -117,10 +117,9 @@ def _best_algorithm(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int,
         if torch.cuda.is_current_stream_capturing():
             return 0  # nothing can be timed now
         best = _time_algorithms(x, packed, y, shape)
-        if best is None:
-            return 0
-        known[key] = best
-        _remember(known)
+        known[key] = best or 0
+        if best is not None:
+            _remember(known)
     return known[key]
 
 
@@ -139,7 +138,7 @@ def _time_algorithms(x: Tensor, packed: Tensor, y: Tensor, shape: tuple[int, int
             _multiply(algorithm, shape, packed, x, y)
             torch.cuda.synchronize(x.device)
             graph = torch.cuda.CUDAGraph()  # without it, launches are what is timed
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(8):
                     _multiply(algorithm, shape, packed, x, y)
         except RuntimeError:  # not every algorithm takes every shape

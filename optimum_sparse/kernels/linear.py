@@ -5,9 +5,10 @@ The op has a reference in plain PyTorch, which expands W and multiplies, for eve
 through Python once more for these, at every call: `linear_without_gradients` is the same op for where none are wanted.
 `expand`, the dense W, is an op as well.
 
-W comes as it is on disk (formats.bitmask), or with `overflow` and `starts` as CUDA kernels need it (formats.slots), or
-2:4 with `semi_structured`, cuSPARSELt's buffer, in which its values lie. `group` is M of N:M; 0 if there is none or it
-is not known.
+W comes as it is on disk (formats.bitmask), or in slots with `overflow` and `starts`, as CUDA kernels need it
+(formats.slots), or 2:4 with `semi_structured`, what cuSPARSELt wants behind the values. Which of these it is, the
+weight itself says: it may have been replaced by one from elsewhere. `group` is M of N:M, 0 if there is none or it is
+not known.
 """
 
 import functools
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.nn import functional as F
 
 from ..core import NM, Pattern
@@ -110,22 +113,21 @@ class _Matrix(NamedTuple):
 
     def for_cuda(self) -> cuda.Matrix | None:
         """As the CUDA kernels take it; None if they do not."""
-        weight, overflow = self.weight, self.overflow
-        about = weight.device, weight.dtype, weight.shape, self.in_features, self.group, overflow is not None
-        layout = _cuda_layout(*about)
-        return None if layout is None else cuda.Matrix(weight, self.weight_mask, overflow, self.starts, layout)
+        weight = self.weight
+        layout = _cuda_layout(weight.device, weight.dtype, weight.shape, self.in_features, self.group)
+        return None if layout is None else cuda.Matrix(weight, self.weight_mask, self.overflow, self.starts, layout)
 
 
 @functools.lru_cache(maxsize=1024)
 def _cuda_layout(
-    device: torch.device, dtype: torch.dtype, stored: torch.Size, in_features: int, group: int, overflow: bool
+    device: torch.device, dtype: torch.dtype, stored: torch.Size, in_features: int, group: int
 ) -> cuda.Layout | None:
     """Of values of a shape; None if the CUDA kernels do not take them."""
-    if cuda.refuses(device, dtype, in_features) or len(stored) != 2 or not all(stored):
+    if cuda.refuses(device, dtype, in_features) or not all(stored):
         return None
-    if overflow:
-        return cuda.Layout(dtype, stored[0], in_features, stored[1] * 32 // in_features, False, True)
-    if not group:
+    if len(stored) == 3:
+        return cuda.Layout(dtype, stored[0], in_features, stored[2], False, True)
+    if not group or len(stored) != 2:
         return None
     pattern = NM(stored[1] * group // in_features, group)
     even = slots.even_slots(pattern, in_features)
@@ -142,7 +144,7 @@ def _are_pairs(pattern: Pattern, even: int) -> bool:
 def _expand_reference(*args: Any) -> Tensor:
     matrix = _Matrix(*args)
     weight, shape = matrix.weight, (len(matrix.weight_mask), matrix.in_features)
-    if matrix.overflow is not None and matrix.starts is not None:
+    if weight.dim() == 3 and matrix.overflow is not None and matrix.starts is not None:
         count = int(bitmask.unpack_bits(matrix.weight_mask, shape[1]).sum())
         packed = slots.Slots(weight, matrix.overflow, matrix.starts)
         weight = slots.unpack(packed, matrix.weight_mask, shape[1], count)
@@ -151,7 +153,7 @@ def _expand_reference(*args: Any) -> Tensor:
 
 def _expand_cpu(*args: Any) -> Tensor:
     matrix = _Matrix(*args)
-    if matrix.weight.dtype not in cpu.TYPES or cpu.library() is None or matrix.overflow is not None:
+    if matrix.weight.dtype not in cpu.TYPES or cpu.library() is None or matrix.weight.dim() == 3:
         return _expand_reference(*args)
     return cpu.expand(*matrix[:4], cpu.best_level())
 
@@ -177,7 +179,7 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     matrix, bias = _split(args)
     _check(x, matrix, bias)
     weight, weight_mask, weight_rows, in_features = matrix[:4]
-    if not weight_mask.numel() or matrix.overflow is not None:
+    if not weight_mask.numel() or weight.dim() == 3:
         return reference(x, *args)
     backend = _select_cpu(weight.dtype, x.numel() // in_features).backend
     if backend == "reference":
@@ -203,10 +205,10 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
     matrix = compressed.for_cuda()
     if matrix is None:
         return reference(x, *args)
-    layout, packed = matrix.layout, compressed.semi_structured
+    layout, weight, behind = matrix.layout, matrix.values, compressed.semi_structured
     tokens = x.numel() // layout.in_features
-    if packed is not None and tokens > PAIRS_TOKENS:
-        return cusparselt.linear(x, packed, layout.rows, bias)
+    if behind is not None and tokens > PAIRS_TOKENS and behind.data_ptr() == weight.data_ptr() + weight.nbytes:
+        return cusparselt.linear(x, weight, layout.rows, bias)
     launch = cuda.plan(layout, tokens, x.get_device())
     if launch is None:
         return F.linear(x, cuda.expand(matrix), bias)
@@ -226,13 +228,13 @@ def _split(args: tuple) -> tuple[_Matrix, Tensor | None]:
 
 def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
-    weight, weight_mask, weight_rows, in_features, _, overflow, starts, packed = matrix
+    weight, weight_mask, weight_rows, in_features, _, overflow, starts, behind = matrix
     device, dtype = weight.device, weight.dtype
-    for tensor in (weight_mask, weight_rows, overflow, starts, packed, bias, x):
+    for tensor in (weight_mask, weight_rows, overflow, starts, behind, bias, x):
         if tensor is not None and tensor.device != device:
             name = _name_of(tensor, x, matrix, bias)
             raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {device}: move one.")
-    for tensor in (packed, bias, x):
+    for tensor in (bias, x):
         if tensor is not None and tensor.dtype != dtype:
             name = _name_of(tensor, x, matrix, bias)
             raise ValueError(f"{name} is {tensor.dtype}, the compressed weight {dtype}: convert one.")
@@ -241,25 +243,23 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     rows = weight_mask.shape[0]
     if weight_mask.dtype != torch.uint8 or weight_mask.dim() != 2 or weight_mask.shape[1] != -(-in_features // 8):
         raise ValueError(f"weight_mask is {_describe(weight_mask)}: must be uint8 [out, {-(-in_features // 8)}].")
-    if weight.dim() == 2 and weight.shape[0] != rows:
+    if weight.dim() > 1 and weight.shape[0] != rows:
         raise ValueError(f"weight is {_describe(weight)}: weight_mask has {rows} rows.")
     if weight_rows is not None and (weight_rows.dtype != torch.int64 or weight_rows.shape != (rows + 1,)):
         raise ValueError(f"weight_rows is {_describe(weight_rows)}: must be int64 [{rows + 1}].")
-    if (overflow is None) != (starts is None):
-        raise ValueError("overflow and starts belong together: give both or none.")
-    if overflow is not None and starts is not None:
+    if weight.dim() > 2:
+        if overflow is None or starts is None:
+            raise ValueError(f"weight is {_describe(weight)}, in slots: overflow and starts belong to it.")
         shape = (rows * -(-in_features // slots.STEP) + 1,)
-        if weight.dim() != 2 or in_features % 32 or weight.shape[1] % (in_features // 8):
-            raise ValueError(
-                f"weight is {_describe(weight)}: must be [{rows}, 4 n for each 32 of {in_features} inputs]."
-            )
+        if weight.dim() != 3 or in_features % 32 or weight.shape[1] != in_features // 32 or weight.shape[2] % 4:
+            raise ValueError(f"weight is {_describe(weight)}: must be [{rows}, {in_features / 32:g}, 4 n].")
         if overflow.dtype != torch.int32 or starts.dtype != torch.int32 or starts.shape != shape:
             raise ValueError(
                 f"overflow is {_describe(overflow)}, starts {_describe(starts)}: must be int32, starts {list(shape)}."
             )
-    size = rows * in_features * 9 // 16  # and what the library's metadata is padded with
-    if packed is not None and packed.numel() < size:
-        raise ValueError(f"semi_structured is {_describe(packed)}: must be {size} or more.")
+    size = rows * in_features // 16  # and what the library pads it with
+    if behind is not None and behind.nbytes < 2 * size:
+        raise ValueError(f"semi_structured is {_describe(behind)}: must be {size} of 16 bits, or more.")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
 
@@ -300,21 +300,26 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the compressed weight itself wants a gradient.
     """
+    if forward_ad._current_level >= 0:  # derivatives forwards, which PyTorch has no place for in an op like this
+        return reference(x, *args)
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
         return _linear(x, *args)
-    if _is_seen_by_nobody(x):
+    if _is_seen_by_nobody(x, args[0]):
         return _linear_cuda(x, *args)
     return _linear_without_gradients(x, *args)
 
 
-def _is_seen_by_nobody(x: Tensor) -> bool:
+def _is_seen_by_nobody(x: Tensor, weight: Tensor) -> bool:
     """Whether x is on a GPU and PyTorch's dispatcher has nothing to do but to call the kernel: no torch.compile, mode,
     transform, subclass or profiler. A token of a small model waits for the CPU, for which the dispatcher is as much
     work as the launch."""
     return (
         type(x) is Tensor
+        and type(weight) in (Tensor, Parameter)
         and x.is_cuda
+        and not x.is_neg()
         and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd._profiler_enabled()

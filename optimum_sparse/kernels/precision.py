@@ -42,8 +42,8 @@ def fast_forward(x: torch.Tensor) -> Iterator[None]:
 
 
 def as_multiplied(x: torch.Tensor) -> torch.Tensor:
-    """x as a linear layer multiplies it here and now: autocast rounds fp32 to 16 bits."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+    """x as a linear layer multiplies it here and now: autocast casts all floats but float64."""
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core import NM, Pattern
 from ..formats import bitmask, slots
@@ -27,7 +28,7 @@ class SparseLinear(nn.Module):
     weight_rows: Tensor | None  # unstructured only
     overflow: Tensor | None  # packed only: formats.slots
     starts: Tensor | None
-    semi_structured: Tensor | None  # packed only: kernels.cusparselt; the values are a view into it
+    semi_structured: Tensor | None  # packed only: kernels.cusparselt; it lies behind the values, in one storage
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -87,19 +88,14 @@ class SparseLinear(nn.Module):
             moved = slots.pack(weight.data, self.weight_mask, self.in_features)
             weight.data, self.overflow, self.starts = moved.values, moved.overflow, moved.starts
         elif layout == "cusparselt":
-            keep = bitmask.unpack_bits(self.weight_mask, self.in_features)
-            self.semi_structured = cusparselt.pack(weight.data, keep)
-            self._share()
-
-    def _share(self) -> None:
-        """Let the values be those of cuSPARSELt's buffer."""
-        if self.semi_structured is not None:
-            weight = self.weight
-            weight.data = self.semi_structured[: weight.numel()].view(weight.shape)
+            packed = cusparselt.pack(weight.data, bitmask.unpack_bits(self.weight_mask, self.in_features))
+            weight.data, self.semi_structured = packed[: weight.numel()].view(weight.shape), packed[weight.numel() :]
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._share()  # a copy of both has copied the values twice
+        if self.semi_structured is not None:  # a copy of both has copied the values twice: once by themselves
+            storage, weight = self.semi_structured.untyped_storage(), self.weight
+            weight.data = weight.data.new_empty(0).set_(storage, 0, weight.shape, weight.stride())
 
     def unpack(self) -> None:
         """Undo `pack`."""
@@ -109,7 +105,7 @@ class SparseLinear(nn.Module):
 
     def _values(self) -> Tensor:
         """The values as they are on disk."""
-        if self.overflow is None or self.starts is None:
+        if self.weight.dim() != 3 or self.overflow is None or self.starts is None:
             return self.weight.data
         shape, _ = bitmask.layout((self.out_features, self.in_features), self.pattern)["weight"]
         moved = slots.Slots(self.weight.data, self.overflow, self.starts)
@@ -132,16 +128,23 @@ class SparseLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not by attributes, of which nn.Module makes a microsecond each.
-        parameters: dict[str, Any] = self._parameters
-        buffers, bias = self._buffers, parameters["bias"]
+        parameters: dict[str, Any] = self._parameters  # nn.Module's attributes take a microsecond each
+        buffers = self._buffers
+        if "weight" not in parameters or "bias" not in parameters:  # nn.DataParallel, parametrizations
+            parameters = {"weight": self.weight, "bias": self.bias}
+        weight, bias, device = parameters["weight"], parameters["bias"], x.device.type
+        if torch.is_autocast_enabled(device):
+            if weight.dim() == 3 and weight.dtype != torch.get_autocast_dtype(device):  # overflow holds bits of it
+                return F.linear(x, self.to_dense(), bias)
+            x, weight = as_multiplied(x), as_multiplied(weight)
+            bias = None if bias is None else as_multiplied(bias)
         return linear(
-            as_multiplied(x),
-            as_multiplied(parameters["weight"]),
+            x,
+            weight,
             buffers["weight_mask"],
             buffers["weight_rows"],
             self.in_features,
-            None if bias is None else as_multiplied(bias),
+            bias,
             self._group,
             buffers["overflow"],
             buffers["starts"],
@@ -157,7 +160,11 @@ class SparseLinear(nn.Module):
         return self.overflow, self.starts, self.semi_structured
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SparseLinear":
-        self.unpack()
+        here = self.weight.data.new_empty(0)
+        there = fn(here)
+        moves = there.device != here.device or there.dtype != here.dtype
+        if moves:  # else tensors stay where they are: a CUDA graph may read them
+            self.unpack()
         super()._apply(fn, recurse)
         self.pack()
         return self

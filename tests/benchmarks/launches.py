@@ -67,7 +67,7 @@ def compress(weight: torch.Tensor, pattern) -> cuda.Matrix:
         pairs = even == 16 and pattern.group in (2, 4)
         return cuda.Matrix(values, mask, None, None, cuda.Layout(weight.dtype, rows, columns, even, pairs, False))
     packed = slots.pack(values, mask, columns)
-    count = packed.values.shape[1] * 32 // columns
+    count = packed.values.shape[2]
     layout = cuda.Layout(weight.dtype, rows, columns, count, False, True)
     return cuda.Matrix(packed.values, mask, packed.overflow, packed.starts, layout)
 

@@ -61,7 +61,7 @@ def compress(weight: torch.Tensor, pattern: Pattern) -> cuda.Matrix:
         layout = cuda.Layout(weight.dtype, len(weight), in_features, count, pairs, False)
         return cuda.Matrix(values, mask, None, None, layout)
     packed = slots.pack(values, mask, in_features)
-    count = packed.values.shape[1] * 32 // in_features
+    count = packed.values.shape[2]
     layout = cuda.Layout(weight.dtype, len(weight), in_features, count, False, True)
     return cuda.Matrix(packed.values, mask, packed.overflow, packed.starts, layout)
 

@@ -6,7 +6,10 @@ import pickle
 import pytest
 import torch
 from helpers import random_weight
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask, slots
@@ -202,7 +205,74 @@ def test_gradients_through_a_packed_layer():
     torch.testing.assert_close(x.grad, weight.float().sum(0).expand(3, 192).bfloat16())
 
 
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("pattern", [NM(32, 64), NM(3, 6), Unstructured(0.5), NM(2, 4)], ids=str)
+def test_a_weight_from_elsewhere_is_taken_as_what_it_is(pattern: Pattern):
+    """functional_call and accelerate's offloading put values in the order of the disk where packed ones were."""
+    dense = [random_weight(24, 192, seed=seed) for seed in (0, 1)]
+    first, second = [(weight * keep_mask(dense[0].abs(), pattern)).bfloat16() for weight in dense]
+    layer, x = SparseLinear.from_dense(first, None, pattern), random_weight(3, 192).bfloat16()
+    assert layer.packed == (pattern != NM(2, 4))
+    other = bitmask.encode(second, pattern)["weight"] if torch.equal(second != 0, first != 0) else None
+    assert other is not None
+    assert torch.equal(functional_call(layer, {"weight": other}, (x,)), F.linear(x, second))
+    assert torch.equal(layer(x), F.linear(x, first))
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_that_are_attributes(name: str):
+    weight = pruned(NM(2, 4))
+    layer, x = SparseLinear.from_dense(weight, torch.ones(7), NM(2, 4)), random_weight(3, 40)
+    wanted = layer(x)
+    layer.weight.requires_grad_(False)
+    parametrize.register_parametrization(layer, name, torch.nn.Identity(), unsafe=True)
+    assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("inside", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast(dtype: torch.dtype, inside: torch.dtype, pattern: Pattern):
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), pattern)).to(dtype)
+    layer, bias = SparseLinear.from_dense(weight, torch.ones(24, dtype=dtype), pattern), torch.ones(24, dtype=dtype)
+    for x in (random_weight(3, 192), random_weight(3, 192).to(dtype)):
+        with torch.autocast("cpu", inside):
+            wanted, y = F.linear(x, weight, bias), layer(x)
+        assert y.dtype == wanted.dtype == inside
+        torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_derivatives_forwards(enabled: bool):
+    weight, x, direction = pruned(NM(2, 4)), random_weight(3, 40), random_weight(3, 40, seed=1)
+    layer = SparseLinear.from_dense(weight, torch.ones(7), NM(2, 4)).requires_grad_(False)
+    with torch.set_grad_enabled(enabled):
+        y, tangent = torch.func.jvp(layer, (x,), (direction,))
+        torch.testing.assert_close(y, F.linear(x, weight, layer.bias))
+        torch.testing.assert_close(tangent, F.linear(direction, weight))
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+        torch.testing.assert_close(tangent, F.linear(direction, weight))
+
+
 # ---- what moves and loads layers
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_a_layer_that_need_not_move_stays_where_it_is(pattern: Pattern):
+    """A CUDA graph may read it."""
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    before = layer.weight.data_ptr(), layer.weight.shape
+    layer.to("cpu").bfloat16().state_dict()
+    assert (layer.weight.data_ptr(), layer.weight.shape) == before
+    assert torch.equal(layer.to_dense(), weight)
+    assert torch.equal(layer.half().to_dense(), weight.half())
 
 
 @pytest.mark.usefixtures("packing")
@@ -247,12 +317,14 @@ def test_export(pattern: Pattern, packed: bool, request: pytest.FixtureRequest):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_shares_what_the_layer_shares(copied):
-    """As cuSPARSELt's buffer: the values are a view into it, also in a copy."""
+    """As cuSPARSELt's buffer: the values are its first part, the rest is behind them, also in a copy."""
     weight = pruned(NM(2, 4))
     layer = SparseLinear.from_dense(weight, None, NM(2, 4))
-    layer.semi_structured = torch.cat([layer.weight.data.flatten(), torch.zeros(9)])
-    layer._share()
+    count = layer.weight.numel()
+    packed = torch.cat([layer.weight.data.flatten(), torch.zeros(count // 8)])
+    layer.weight.data, layer.semi_structured = packed[:count].view(layer.weight.shape), packed[count:]
     other = copied(layer)
+    assert other.semi_structured.data_ptr() == other.weight.data_ptr() + other.weight.nbytes
     assert other.weight.untyped_storage().data_ptr() == other.semi_structured.untyped_storage().data_ptr()
     assert other.weight.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
     assert torch.equal(other.to_dense(), weight)
