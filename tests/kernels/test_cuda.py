@@ -1,6 +1,7 @@
 """cuda.cu without a GPU: its threads are fibers on the CPU (emulator/), against float64."""
 
 import ctypes
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask, slots
 from optimum_sparse.kernels import cuda
+from optimum_sparse.kernels import linear as linear_module
+from optimum_sparse.nn import SparseLinear
+from optimum_sparse.nn import linear as layer_module
 
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -102,6 +106,30 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
     names = {launch.kernel.split("<")[0] for launch in launched}
     assert names == {"gather", "multiply_pairs" if matrix.layout.pairs else "multiply"}
     assert cuda.plan(matrix.layout, 65, 0) is None
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), NM(3, 6), Unstructured(0.5)], ids=str)
+def test_a_layer_from_the_op_to_the_kernel(
+    pattern: Pattern, monkeypatch: pytest.MonkeyPatch, launched: list[cuda.Launch]
+):
+    def layout(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
+        return None if slots.even_slots(pattern, shape[1]) else "slots"
+
+    monkeypatch.setattr(cuda, "refuses", lambda device, dtype, in_features: None)
+    monkeypatch.setattr(layer_module, "wanted_layout", layout)
+    linear_module._cuda_layout.cache_clear()
+    weight, bias = sparse((36, 192), pattern, torch.bfloat16), random_weight(1, 36)[0].bfloat16()
+    layer = SparseLinear.from_dense(weight, bias, pattern)
+    for shape in ((192,), (2, 3, 192), (3, 4, 192), (4, 200, 192)):
+        x = random_weight(1, math.prod(shape)).view(shape).bfloat16()
+        for given in (x, torch.stack([x, x], -1)[..., 0]):  # its second form is not contiguous
+            y = linear_module._linear_cuda(
+                given, layer.weight, layer.weight_mask, layer.weight_rows, 192, bias, layer._group, *layer._layout
+            )
+            torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
+    names = {launch.kernel.split("<")[0] for launch in launched}
+    assert names == {"gather", "multiply_pairs" if pattern == NM(2, 4) else "multiply", "expand"}
+    linear_module._cuda_layout.cache_clear()
 
 
 @pytest.mark.parametrize("processors", [1, 3])
