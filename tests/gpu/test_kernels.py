@@ -230,6 +230,8 @@ def test_2of4_shares_its_values_with_cusparselt():
     x = torch.randn(2, 50, 192, device="cuda").bfloat16()
     wanted = layer(x)
     assert torch.equal(replayed(layer, x), wanted)
+    layer.weight.data = 2 * layer.weight.data  # by somebody who does not know of the buffer
+    check(layer(x), x, 2 * weight, layer.bias)
 
 
 EVERY_ALGORITHM = """
