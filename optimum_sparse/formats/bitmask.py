@@ -69,7 +69,7 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         fits, full = most <= pattern.kept, least == pattern.kept
     else:
         kept = pattern.kept(weight.numel())
-        count = int(_row_starts(mask)[-1])
+        count = int(_set_bits(mask).sum())
         fits, full = count <= kept, count == kept
     if not fits:
         raise ValueError(
@@ -78,7 +78,10 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         )
     if not full:
         mask = pack_bits(_filled(unpack_bits(mask, columns), pattern))
-    starts = _row_starts(mask)
+    if isinstance(pattern, NM):
+        starts = torch.arange(rows + 1) * (kept // rows)
+    else:
+        starts = _row_starts(mask)
     if weight.device.type == "cpu":
         values = weight.new_empty(kept)
         target, source = _as_numpy(values), _as_numpy(weight)
@@ -104,13 +107,14 @@ def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The dense matrix [out, in] of tensors that are known to be valid."""
     values, mask = tensors["weight"], tensors["weight_mask"]
     if values.device.type == "cpu":
+        starts = _row_starts(mask) if values.dim() == 1 else torch.arange(len(mask) + 1) * values.shape[1]
         dense = values.new_zeros(shape)
         target, source = _as_numpy(dense), _as_numpy(values).reshape(-1)
 
         def move(some: slice, places: np.ndarray, here: slice) -> None:
             target[some].reshape(-1)[places] = source[here]
 
-        _for_kept(mask, _row_starts(mask), shape[1], move)
+        _for_kept(mask, starts, shape[1], move)
         return dense
     keep = unpack_bits(mask, shape[1])
     return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
