@@ -94,6 +94,8 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
             return torch.full(score.shape, kept == n, dtype=torch.bool, device=score.device)
         if score.device.type == "cuda" and n <= 32:
             return _keep_top_by_rank(score, kept)
+        if score.device.type == "cpu" and n <= 8 and score.numel() > 2**16:  # of fewer, the calls take longer
+            return _keep_top_of_few(score, kept)
         if score.device.type == "cpu":  # quickselect: ten times faster than a sort here; on CUDA it is 30 times slower
             threshold = score.kthvalue(n - kept + 1, dim=-1, keepdim=True).values
         else:
@@ -117,6 +119,22 @@ def _keep_top_by_rank(score: Tensor, kept: int, chunk: int = 2**27) -> Tensor:
         mine, other = part[:, :, None], part[:, None, :]
         parts.append(((other > mine) | ((other == mine) & earlier)).sum(-1) < kept)
     return torch.cat(parts).view(score.shape)
+
+
+def _keep_top_of_few(score: Tensor, kept: int, chunk: int = 2**16) -> Tensor:
+    """`keep_top` for very many rows of a few scores, by comparing pair after pair of columns: on a CPU five times
+    faster than quickselect."""
+    rows = score.reshape(-1, score.shape[-1])
+    keep = torch.empty_like(rows, dtype=torch.bool)
+    for part, found in zip(rows.split(chunk), keep.split(chunk), strict=True):
+        elements = [element.contiguous() for element in part.unbind(-1)]
+        for place, mine in enumerate(elements):
+            rank = torch.zeros_like(mine, dtype=torch.int8)
+            for other_place, other in enumerate(elements):
+                if other_place != place:
+                    rank += other >= mine if other_place < place else other > mine
+            found[:, place] = rank < kept
+    return keep.view(score.shape)
 
 
 def keep_mask(score: Tensor, pattern: Pattern) -> Tensor:

@@ -17,17 +17,19 @@ its own here (`nn.experts` says under which names).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import NM, Pattern, Unstructured, keep_mask, violation
+from ..core import NM, Pattern, Unstructured, keep_top, violation
 
 
 SUFFIXES = ("weight_rows", "weight_mask", "weight")
 CHUNK = 2**20  # weights whose values are moved at a time on a CPU: their indices stay in its cache
+_SET_BITS = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
 
 
@@ -58,33 +60,41 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     Raises:
         ValueError: the matrix has more non-zeros than the pattern allows.
     """
-    problem = violation(weight, pattern)
-    if problem is not None:
+    rows, columns = weight.shape
+    mask = _nonzero_bits(weight)
+    if isinstance(pattern, NM):
+        pattern.check_width(columns)
+        kept = rows * columns // pattern.group * pattern.kept
+        least, most = _kept_in_groups(mask, columns, pattern.group)
+        fits, full = most <= pattern.kept, least == pattern.kept
+    else:
+        kept = pattern.kept(weight.numel())
+        count = int(_set_bits(mask).sum())
+        fits, full = count <= kept, count == kept
+    if not fits:
         raise ValueError(
-            f"cannot be stored as {pattern}: {problem}. The weights changed after pruning: prune the model again, or "
-            "call model.dequantize() to save it dense."
+            f"cannot be stored as {pattern}: {violation(weight, pattern)}. The weights changed after pruning: prune "
+            "the model again, or call model.dequantize() to save it dense."
         )
-    keep = weight != 0
-    kept = (
-        pattern.kept(weight.numel())
-        if isinstance(pattern, Unstructured)
-        else weight.numel() // pattern.group * pattern.kept
-    )
-    if int(keep.count_nonzero()) < kept:  # else no zero is kept, and nothing has to be chosen
-        keep = keep_mask(keep.to(torch.uint8), pattern)
-    mask = pack_bits(keep)
+    if not full:
+        mask = pack_bits(_filled(unpack_bits(mask, columns), pattern))
+    if isinstance(pattern, NM):
+        starts = torch.arange(rows + 1) * (kept // rows)
+    else:
+        starts = _row_starts(mask)
     if weight.device.type == "cpu":
         values = weight.new_empty(kept)
         target, source = _as_numpy(values), _as_numpy(weight)
-        for rows_here, places, here in _kept(mask, weight.shape[1]):
-            np.take(source[rows_here].reshape(-1), places, out=target[here], mode="clip")  # "raise" would copy `out`
+
+        def move(some: slice, places: np.ndarray, here: slice) -> None:
+            np.take(source[some].reshape(-1), places, out=target[here], mode="clip")  # "raise" would copy `out`
+
+        _for_kept(mask, starts, columns, move)
     else:
-        values = weight[keep]
+        values = weight[unpack_bits(mask, columns)]
     if isinstance(pattern, NM):
-        return {"weight": values.reshape(len(weight), -1), "weight_mask": mask}
-    rows = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
-    rows[1:] = keep.sum(1).cumsum(0)
-    return {"weight": values, "weight_mask": mask, "weight_rows": rows}
+        return {"weight": values.reshape(rows, -1), "weight_mask": mask}
+    return {"weight": values, "weight_mask": mask, "weight_rows": starts}
 
 
 def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
@@ -97,10 +107,14 @@ def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The dense matrix [out, in] of tensors that are known to be valid."""
     values, mask = tensors["weight"], tensors["weight_mask"]
     if values.device.type == "cpu":
+        starts = _row_starts(mask) if values.dim() == 1 else torch.arange(len(mask) + 1) * values.shape[1]
         dense = values.new_zeros(shape)
         target, source = _as_numpy(dense), _as_numpy(values).reshape(-1)
-        for rows, places, here in _kept(mask, shape[1]):
-            target[rows].reshape(-1)[places] = source[here]
+
+        def move(some: slice, places: np.ndarray, here: slice) -> None:
+            target[some].reshape(-1)[places] = source[here]
+
+        _for_kept(mask, starts, shape[1], move)
         return dense
     keep = unpack_bits(mask, shape[1])
     return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
@@ -123,21 +137,15 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
     mask, in_features = tensors["weight_mask"], shape[1]
     if in_features % 8 and (mask[:, -1] >> in_features % 8).any():
         raise ValueError(f"weight_mask has bits set beyond column {in_features}: the file is damaged.")
-    if isinstance(pattern, NM) and 8 % pattern.group == 0 and in_features % 8 == 0:  # each byte that occurs, once
-        occurring = torch.bincount(mask.flatten(), minlength=256).nonzero().to(torch.uint8)
-        keep = unpack_bits(occurring, 8)
-    else:
-        keep = unpack_bits(mask, in_features)
     if isinstance(pattern, NM):
-        counts = keep.reshape(-1, pattern.group).sum(1, dtype=torch.int16)
-        if (counts != pattern.kept).any():
+        least, most = _kept_in_groups(mask, in_features, pattern.group)
+        if not least == most == pattern.kept:
             raise ValueError(
-                f"weight_mask keeps between {int(counts.min())} and {int(counts.max())} of {pattern.group} columns, "
-                f"must keep {pattern.kept}: the file is damaged or its pattern is not {pattern}."
+                f"weight_mask keeps between {least} and {most} of {pattern.group} columns, must keep {pattern.kept}: "
+                f"the file is damaged or its pattern is not {pattern}."
             )
         return
-    rows = torch.zeros_like(tensors["weight_rows"])
-    rows[1:] = keep.sum(1).cumsum(0)
+    rows = _row_starts(mask)
     if not torch.equal(rows, tensors["weight_rows"]) or int(rows[-1]) != len(tensors["weight"]):
         raise ValueError(
             f"weight_mask keeps {int(rows[-1])} values, weight holds {len(tensors['weight'])}, and weight_rows must "
@@ -145,19 +153,92 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
         )
 
 
+def _filled(keep: Tensor, pattern: Pattern) -> Tensor:
+    """`keep`, and as many more as the pattern has room for, lowest columns first."""
+    if isinstance(pattern, NM):
+        groups = keep.view(-1, pattern.group)
+        short = (groups.sum(1, dtype=torch.int16) < pattern.kept).nonzero()[:, 0]
+        groups[short] = keep_top(groups[short].to(torch.uint8), pattern.kept)
+        return keep
+    room = pattern.kept(keep.numel()) - int(keep.count_nonzero())
+    for part in keep.view(-1).split(CHUNK):
+        free = (~part).nonzero()[:room, 0]
+        part[free] = True
+        room -= len(free)
+        if room == 0:
+            break
+    return keep
+
+
+def _kept_in_groups(mask: Tensor, columns: int, group: int) -> tuple[int, int]:
+    """The least and the most that a group of columns keeps."""
+    if 8 % group == 0 and columns % 8 == 0:  # each byte that occurs, once
+        occurring = torch.bincount(mask.flatten(), minlength=256).nonzero().to(torch.uint8)
+        counts = unpack_bits(occurring, 8).reshape(-1, group).sum(1)
+    elif group % 8 == 0:
+        counts = _set_bits(mask).reshape(-1, group // 8).sum(1, dtype=torch.int16)
+    else:
+        counts = unpack_bits(mask, columns).reshape(-1, group).sum(1, dtype=torch.int16)
+    return int(counts.min()), int(counts.max())
+
+
+def _row_starts(mask: Tensor) -> Tensor:
+    """int64 [out + 1]: how many values come before each row."""
+    starts = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
+    starts[1:] = _set_bits(mask).sum(1).cumsum(0)
+    return starts
+
+
+def _set_bits(mask: Tensor) -> Tensor:
+    """How many bits of each byte are 1: uint8."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(_SET_BITS[mask.numpy()])
+    return unpack_bits(mask.reshape(-1, 1), 8).sum(1, dtype=torch.uint8).view(mask.shape)
+
+
 def _as_numpy(x: Tensor) -> np.ndarray:
     """The same memory, bits as integers."""
     return x.detach().view(_INTEGERS[x.element_size()]).numpy()
 
 
-def _kept(mask: Tensor, columns: int) -> Iterator[tuple[slice, np.ndarray, slice]]:
-    """For some rows at a time: these rows, where in them the kept weights are, and where in `weight` their values."""
-    height, first = max(1, CHUNK // max(columns, 1)), 0
-    for begin in range(0, len(mask), height):
-        rows = slice(begin, begin + height)
-        places = np.flatnonzero(unpack_bits(mask[rows], columns).numpy())
-        yield rows, places, slice(first, first + len(places))
-        first += len(places)
+def _nonzero_bits(weight: Tensor) -> Tensor:
+    """`pack_bits(weight != 0)`."""
+    if weight.device.type != "cpu":
+        return pack_bits(weight != 0)
+    rows, columns = weight.shape
+    mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
+    target, source = mask.numpy(), _as_numpy(weight)
+
+    def pack(some: slice) -> None:
+        without_sign = source[some] << 1  # of 0 and -0 nothing is left
+        target[some] = np.packbits(without_sign.astype(bool), axis=1, bitorder="little")
+
+    _in_parts(pack, rows, columns)
+    return mask
+
+
+def _for_kept(mask: Tensor, starts: Tensor, columns: int, move: Callable[[slice, np.ndarray, slice], None]) -> None:
+    """`move(rows, places, here)` for some rows at a time: where in these rows, flattened, the kept weights are, and
+    where in `weight` their values."""
+    bits, first = mask.numpy(), starts.tolist()
+
+    def part(some: slice) -> None:
+        kept = np.unpackbits(bits[some], axis=1, count=columns, bitorder="little").view(bool)
+        move(some, np.flatnonzero(kept), slice(first[some.start], first[some.stop]))
+
+    _in_parts(part, len(mask), columns)
+
+
+def _in_parts(work: Callable[[slice], None], rows: int, columns: int) -> None:
+    """`work` on all rows, about CHUNK weights at a time, on as many threads as PyTorch uses: numpy lets them run."""
+    height = max(1, CHUNK // max(columns, 1))
+    parts = [slice(begin, min(begin + height, rows)) for begin in range(0, rows, height)]
+    if len(parts) == 1 or torch.get_num_threads() == 1:
+        for part in parts:
+            work(part)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, parts))  # raises what they raise
 
 
 def pack_bits(keep: Tensor) -> Tensor:

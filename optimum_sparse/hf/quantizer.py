@@ -199,12 +199,13 @@ class SparsityQuantizer(HfQuantizer):
 
         def put(name: str, weight: Tensor) -> None:
             """A matrix [out, in], compressed if it was pruned."""
-            tensors = {"weight": weight.clone(memory_format=torch.contiguous_format)}
             if name in linears:
                 try:
                     tensors = codec.encode(weight, linears[name].pattern)
                 except ValueError as error:
                     raise ValueError(f"{name} {error}") from error
+            else:
+                tensors = {"weight": weight.clone(memory_format=torch.contiguous_format)}
             state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
 
         for name, linear in linears.items():

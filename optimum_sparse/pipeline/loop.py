@@ -25,7 +25,7 @@ from ..kernels.precision import fast_forward
 from ..methods import Method
 from ..report import LayerReport
 from .observe import Evidence, collect, find_layout, token_weights
-from .parts import Block, Calls, Linear, Sensitivity, Tensors, dense_weights
+from .parts import Block, Calls, Linear, Sensitivity, Tensors, all_finite, dense_weights
 from .reconstruct import Reconstruction, reconstruct
 
 
@@ -230,13 +230,13 @@ def _prune_linear(
     weight = linear.read()
     stats = None if evidence is None else evidence.stats
     report = LayerReport(linear.name, list(weight.shape))
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError(f"the weight of {linear.name} holds NaN or infinity: the checkpoint is damaged.")
     if method.needs > Needs.NOTHING:
         if stats is None or stats.tokens == 0:
             report.skipped = "no calibration token reached it"
             return report, None
-        if not torch.isfinite(stats.mean_square).all():
+        if not all_finite(stats.mean_square):
             raise ValueError(
                 f"the inputs of {linear.name} hold NaN or infinity: the model does not run in its dtype "
                 f"({linear.weight.dtype}) on this data. Load it in bfloat16 or float32."
@@ -253,7 +253,7 @@ def _prune_linear(
             raise ValueError(f"{type(method).__name__} did not keep to {linear.pattern} in {linear.name}: {problem}.")
         linear.write(solved.weight)
     report.pattern = str(linear.pattern)
-    report.sparsity = (solved.weight == 0).float().mean().item()
+    report.sparsity = 1 - int(solved.weight.count_nonzero()) / solved.weight.numel()
     report.seconds = time.perf_counter() - started
     report.note = solved.note
     if evidence is not None:

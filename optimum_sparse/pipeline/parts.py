@@ -20,6 +20,11 @@ Arguments = list[list[tuple[tuple, dict[str, Any]]]]
 logger = logging.getLogger(__name__)
 
 
+def all_finite(x: Tensor) -> bool:
+    """No NaN and no infinity: both survive minimum and maximum, which take a thirtieth of the time of `isfinite`."""
+    return bool(torch.stack(x.aminmax()).isfinite().all())
+
+
 @dataclass(frozen=True)
 class Linear:
     """One matrix to prune: a module whose `weight` is [out, in], or [in, out] if `transposed` (Conv1D).
@@ -56,7 +61,7 @@ class Linear:
         """
         parameter = self.module.weight
         stored = (weight.T if self.transposed else weight).to(parameter.dtype).contiguous()
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             raise ValueError(
                 f"pruned weights of {self.name} do not fit {parameter.dtype}: load the model in bfloat16."
             )

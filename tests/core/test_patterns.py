@@ -83,6 +83,15 @@ def test_keep_top_equals_a_stable_sort(scores: list[int], data: st.DataObject):
     assert keep_top(score, torch.tensor([[kept]]))[0].tolist() == expected
 
 
+@pytest.mark.parametrize(("kept", "n"), [(1, 2), (1, 4), (2, 4), (3, 4), (3, 5), (4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_keep_top_of_very_many_short_rows_equals_a_stable_sort(kept: int, n: int, dtype: torch.dtype):
+    """With ties, and more rows than are taken at a time."""
+    score = torch.randint(0, 5, (2**16 + 3, n), generator=torch.Generator().manual_seed(0)).to(dtype)
+    best = score.argsort(dim=1, descending=True, stable=True)[:, :kept]
+    assert torch.equal(keep_top(score, kept), torch.zeros(score.shape, dtype=torch.bool).scatter_(1, best, True))
+
+
 def test_keep_top_takes_a_number_for_each_row():
     kept = torch.tensor([[0], [1], [6], [3]])
     keep = keep_top(random_weight(4, 6), kept)

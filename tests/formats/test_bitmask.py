@@ -57,15 +57,21 @@ def test_round_trip(case: tuple[Tensor, Pattern]):
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize("zeros", [0, 0.001, 0.9])
 @pytest.mark.parametrize("shape", [(1024, 1024), (1025, 1024), (2 * 1048 + 1, 1000), (3, 2**20 + 8)], ids=str)
-def test_more_weights_than_are_moved_at_a_time(shape: tuple[int, int], pattern: Pattern):
-    """The last part is full, one row, what is left; or a row is more than a part."""
+def test_more_weights_than_are_moved_at_a_time(
+    shape: tuple[int, int], zeros: float, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+):
+    """On two threads. The last part is full, one row, what is left; or a row is more than a part."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert shape[0] * shape[1] >= bitmask.CHUNK
-    weight = sparse_matrix(*shape, pattern, torch.bfloat16, 0, zeros=1e-4)
+    weight = sparse_matrix(*shape, pattern, torch.bfloat16, 0, zeros)
+    keep = keep_mask((weight != 0).to(torch.uint8), pattern)
     tensors = bitmask.encode(weight, pattern)
-    keep = bitmask.unpack_bits(tensors["weight_mask"], shape[1])
+    assert torch.equal(bitmask.unpack_bits(tensors["weight_mask"], shape[1]), keep)
     assert torch.equal(tensors["weight"].flatten(), weight[keep])
-    assert not weight[~keep].any()
+    if "weight_rows" in tensors:
+        assert tensors["weight_rows"].diff().tolist() == keep.sum(1).tolist()
     assert torch.equal(bitmask.decode(tensors, shape, pattern), weight)
 
 
