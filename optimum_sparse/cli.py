@@ -291,8 +291,10 @@ def _add_windows(parser: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     report = read_report(Path(args.model))
-    if args.save and report is None:
-        raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
+    if args.save:
+        if report is None:
+            raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
+        check_folder(args.model)
     compressed = {"run_compressed": True} if args.run_compressed else {}
     model, found = _measure(args, args.model, **compressed)
     dense = _measure(args, args.dense)[1] if args.dense else {}

@@ -1,6 +1,7 @@
 """The command line as a user runs it, on a tiny model."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -133,6 +134,14 @@ def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tasks"]["words"]["items"] == found["dense"]["tasks"]["words"]["items"] == 5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_shows_before_any_work(pruned, text, tmp_path, capsys):
+    shutil.copytree(pruned, tmp_path / "out")
+    (tmp_path / "out").chmod(0o555)
+    assert main(["eval", str(tmp_path / "out"), "--dataset", str(text), "--save"]) == 1
+    assert capsys.readouterr().err.endswith("out cannot be written to; choose another.\n")
 
 
 def test_sweep_writes_every_point_and_repeats_none(tiny_llama, text, tmp_path, capsys):

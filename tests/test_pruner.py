@@ -11,6 +11,7 @@ from models import (
     assert_pattern,
     assert_same_weights,
     files_of,
+    linears_of,
     logits,
     make_config,
     make_model,
@@ -89,6 +90,31 @@ def test_models_of_other_kinds_are_refused(tmp_path):
         Pruner.from_pretrained(tmp_path / "t5")
     with pytest.raises(FileNotFoundError, match=r"no/such/folder': there is no such folder"):
         Pruner.from_pretrained("no/such/folder")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_keeps_zeros_whose_gradients_are_masked(masked, tiny_llama, tmp_path):
+    """As the README and the error have it."""
+    model = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude"))
+    before = weights_of(model)
+    if masked:
+        for w in (linear.weight for linear in linears_of(model.model.layers).values()):
+            w.register_hook(lambda g, w=w: g * (w != 0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        model(token_ids(), labels=token_ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if not masked:
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be stored .*register_hook"):
+            model.save_pretrained(tmp_path / "out")
+        return
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_weights(again, model)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(again.get_parameter(name) == 0, before[name] == 0)
+    assert not torch.equal(again.get_parameter(name), before[name])
 
 
 def test_no_model_is_pruned_twice_by_mistake(tiny_llama):

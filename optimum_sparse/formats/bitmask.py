@@ -62,7 +62,8 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     if problem is not None:
         raise ValueError(
             f"cannot be stored as {pattern}: {problem}. The weights changed after pruning: prune the model again, or "
-            "call model.dequantize() to save it dense."
+            "call model.dequantize() to save it dense. Training keeps zeros whose gradients are masked: "
+            "w.register_hook(lambda g, w=w: g * (w != 0)) for each pruned w."
         )
     keep = weight != 0
     kept = (

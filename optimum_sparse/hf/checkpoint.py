@@ -132,11 +132,13 @@ def check_new(output: Path, besides: str = "") -> None:
 
 
 def check_folder(output: str | os.PathLike) -> None:
-    """Raise NotADirectoryError unless `output` is a folder, or can become one."""
+    """Raise OSError unless files can be written to the folder `output`, or it can be made."""
     path = Path(output).absolute()
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise NotADirectoryError(f"output {str(output)!r}: {part} is a file; choose another.")
+    part = next(part for part in (path, *path.parents) if part.exists())
+    if not part.is_dir():
+        raise NotADirectoryError(f"output {str(output)!r}: {part} is a file; choose another.")
+    if not os.access(part, os.W_OK | os.X_OK):
+        raise PermissionError(f"output {str(output)!r}: {part} cannot be written to; choose another.")
 
 
 def check_size(max_shard_size: int | str) -> None:
