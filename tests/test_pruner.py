@@ -146,6 +146,15 @@ def test_a_quantized_model_is_refused():
         Pruner.from_pretrained(model).prune(make_config("magnitude"))
 
 
+def test_a_model_with_adapters_is_refused():
+    """They would be pruned as well, and stored under names that nothing loads."""
+    model = make_model("llama")
+    wrapped = nn.ModuleDict({"base_layer": model.model.layers[0].mlp.up_proj, "lora_A": nn.Linear(32, 4)})
+    model.model.layers[0].mlp.up_proj = wrapped  # as PEFT has them
+    with pytest.raises(ValueError, match="has adapters: merge them"):
+        Pruner.from_pretrained(model).prune(make_config("magnitude"))
+
+
 def test_training_mode_and_gradients_are_left_as_they_were():
     for training in (False, True):
         model = make_model("llama", attention_dropout=0.5).train(training)

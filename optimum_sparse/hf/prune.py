@@ -376,7 +376,8 @@ def _check_amount(batches: list[dict[str, Tensor]], blocks: list[Block]) -> None
 def _check(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"a transformers PreTrainedModel is pruned, got {type(model).__name__}.")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    wrapped = any(hasattr(module, "base_layer") for module in model.modules())  # as PEFT calls it
+    if wrapped or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has adapters: merge them into its weights, or prune before adding them.")
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise ValueError("the model holds compressed weights: load it without run_compressed=True to prune it again.")
