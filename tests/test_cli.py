@@ -123,6 +123,27 @@ def test_eval_of_a_folder_without_a_tokenizer_says_how_to_get_one(pruned, text, 
     assert "has no tokenizer that can be loaded, and text needs one: save that of the dense" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_cannot_be_loaded_is_not_left_out_in_silence(pruned, tiny_llama, text, tmp_path, caplog):
+    for source in (pruned, tiny_llama):
+        shutil.copytree(source, tmp_path / source.name)
+        (tmp_path / source.name / "tokenizer.json").write_text("{")
+    assert main(["export", str(tmp_path / pruned.name), "--output", str(tmp_path / "dense")]) == 0
+    assert "has no tokenizer that can be loaded, so none is written: " in caplog.text
+    caplog.clear()
+    more = ["--method", "magnitude"]
+    assert main(prune_arguments(tmp_path / tiny_llama.name, text, tmp_path / "out", *more)) == 0
+    assert f"{tiny_llama.name} has no tokenizer that can be loaded: " in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": "x"}, {"hidden_size": 33}, {"quantization_config": "no"}])
+def test_a_config_that_makes_no_sense_is_one_line(change, tiny_llama, text, tmp_path, capsys):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    stored = json.loads((tmp_path / "model" / "config.json").read_text()) | change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
+    assert main(prune_arguments(tmp_path / "model", text, tmp_path / "out")) == 1
+    assert f"error: the config.json of '{tmp_path / 'model'}' is not valid: " in capsys.readouterr().err
+
+
 def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path, capsys):
     rows = [{"context": f"w{i} w{i + 1}", "continuation": f"w{i + 2}"} for i in range(3, 9)]
     (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, rows)))
