@@ -222,7 +222,8 @@ def load_model(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
     if missing:
         raise OSError(
             f"the checkpoint {str(source)!r} lacks {len(missing)} weights, and random numbers would take their place: "
-            f"{', '.join(missing[:4])}. It is not complete, or not of a causal language model."
+            f"{', '.join(missing[:4])}. It is not complete, or not of a causal language model. (A model in memory is "
+            "taken as it is.)"
         )
     return model
 

@@ -375,7 +375,7 @@ def _check_amount(batches: list[dict[str, Tensor]], blocks: list[Block]) -> None
 
 def _check(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"a transformers PreTrainedModel is pruned, got {type(model).__name__}.")
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
     wrapped = any(hasattr(module, "base_layer") for module in model.modules())  # as PEFT calls it
     if wrapped or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has adapters: merge them into its weights, or prune before adding them.")
