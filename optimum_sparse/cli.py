@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen command. What the user can mend is printed as one line, without a traceback."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
         args.run_sparse(args)
     except KeyboardInterrupt:
@@ -83,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = formatted
     return 0
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from models import files_of
+from models import files_of, run_python
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse.cli import main
@@ -64,6 +64,16 @@ def test_another_method_drops_what_a_config_file_says_of_its_own_and_nothing_tha
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     given = ("method", "staged", "input_shift", "fisher")
     assert [stored[name] for name in given] == ["sparsegpt", True, 0.25, False]
+
+
+def test_a_warning_is_one_line(pruned, text, tmp_path):
+    run = run_python(
+        "import sys; from optimum_sparse.cli import main; sys.exit(main(sys.argv[1:]))",
+        *prune_arguments(pruned, text, tmp_path / "out", "--method", "magnitude"),
+    )
+    assert run.returncode == 0
+    (line,) = [line for line in run.stderr.splitlines() if "sparse already" in line]
+    assert line.startswith("warning: the model is sparse already (sparsegpt, 2:4)")
 
 
 def test_a_recipe_and_any_other_field(tiny_llama, text, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import types
+import warnings
 from functools import partial
 
 import pytest
@@ -447,11 +448,15 @@ def test_pruning_twice_is_pruning_what_is_left(tiny_llama):
     pruner = Pruner.from_pretrained(tiny_llama)
     pruner.prune(make_config("magnitude", "unstructured", sparsity=0.3))
     once = copy.deepcopy(pruner.model.model.layers[0].mlp.up_proj.weight.detach())
-    pruner.prune(make_config("magnitude", "unstructured", sparsity=0.6))
+    with pytest.warns(UserWarning, match=r"sparse already \(magnitude, unstructured\): what is zero stays zero"):
+        pruner.prune(make_config("magnitude", "unstructured", sparsity=0.6))
     twice = pruner.model.model.layers[0].mlp.up_proj.weight.detach()
     assert_pattern(twice, "unstructured", 0.6)
     assert ((twice == 0) >= (once == 0)).all()
-    wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", "unstructured", sparsity=0.6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of the kind where it is not so
+        wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", "unstructured", sparsity=0.6))
+        AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=make_config("magnitude"))
     assert_same_weights(pruner.model, wanted)
 
 
