@@ -37,6 +37,7 @@ from .hf.checkpoint import (
     inspect,
     load_config,
     load_model,
+    read_config,
     read_json,
     read_report,
     write_report,
@@ -299,7 +300,10 @@ def _eval(args: argparse.Namespace) -> None:
     if args.save:
         if report is None:
             raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
+        read_config(args.model, trust_remote_code=args.trust_remote_code)  # a dense one may lie beside an old report
         check_folder(args.model)
+    if args.dense:
+        load_config(args.dense, trust_remote_code=args.trust_remote_code)  # before the first is measured
     compressed = {"run_compressed": True} if args.run_compressed else {}
     model, found = _measure(args, args.model, **compressed)
     dense = _measure(args, args.dense)[1] if args.dense else {}

@@ -127,6 +127,17 @@ def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp
     assert row in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_eval_saves_nothing_to_a_dense_model_in_the_folder_of_a_sparse_one(pruned, text, tmp_path, capsys):
+    shutil.copytree(pruned, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.dequantize()
+    model.save_pretrained(tmp_path / "out")  # report and card are still there
+    before = files_of(tmp_path)
+    assert main(["eval", str(tmp_path / "out"), "--dataset", str(text), "--window", "64", "--save"]) == 1
+    assert "is not a sparse checkpoint" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
 def test_eval_of_a_folder_without_a_tokenizer_says_how_to_get_one(pruned, text, tmp_path, capsys):
     shutil.copytree(pruned, tmp_path / "out", ignore=shutil.ignore_patterns("token*"))
     assert main(["eval", str(tmp_path / "out"), "--dataset", str(text)]) == 1
@@ -270,6 +281,7 @@ def test_info_of_a_dense_checkpoint(pruned, tmp_path, capsys):
         ),
         (["prune", "OUT/no", "--output", "OUT"], "there is no such folder, and it is no id on the hub"),
         (["eval", "OUT/no", "--dataset", "TEXT"], "there is no such folder, and it is no id on the hub"),
+        (["eval", "MODEL", "--dense", "OUT/no", "--dataset", "no.txt"], "out/no': there is no such folder"),
         (["eval", "MODEL", "--dataset", "TEXT"], "sequences of 2048 tokens; the model takes 64: window=64 or less"),
         (["eval", "MODEL", "--dataset", "no.txt"], "dataset='no.txt': there is no such file"),
         (["sweep", "MODEL", "--output", "MODEL/config.json", "--text", "TEXT"], "is a file; choose another"),
