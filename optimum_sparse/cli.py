@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -37,6 +38,7 @@ from .hf.checkpoint import (
     inspect,
     load_config,
     load_model,
+    read_config,
     read_json,
     read_report,
     write_report,
@@ -76,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen command. What the user can mend is printed as one line, without a traceback."""
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
         args.run_sparse(args)
     except KeyboardInterrupt:
@@ -84,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = formatted
     return 0
 
 
@@ -297,8 +303,13 @@ def _add_tasks(parser: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     report = read_report(Path(args.model))
-    if args.save and report is None:
-        raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
+    if args.save:
+        if report is None:
+            raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
+        read_config(args.model, trust_remote_code=args.trust_remote_code)  # a dense one may lie beside an old report
+        check_folder(args.model)
+    if args.dense:
+        load_config(args.dense, trust_remote_code=args.trust_remote_code)  # before the first is measured
     compressed = {"run_compressed": True} if args.run_compressed else {}
     model, found = _measure(args, args.model, **compressed)
     dense = _measure(args, args.dense)[1] if args.dense else {}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from models import files_of
+from models import files_of, run_python
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse.cli import main
@@ -67,6 +68,16 @@ def test_another_method_drops_what_a_config_file_says_of_its_own_and_nothing_tha
     assert [stored[name] for name in given] == ["sparsegpt", True, 0.25, False]
 
 
+def test_a_warning_is_one_line(pruned, text, tmp_path):
+    run = run_python(
+        "import sys; from optimum_sparse.cli import main; sys.exit(main(sys.argv[1:]))",
+        *prune_arguments(pruned, text, tmp_path / "out", "--method", "magnitude"),
+    )
+    assert run.returncode == 0
+    (line,) = [line for line in run.stderr.splitlines() if "sparse already" in line]
+    assert line.startswith("warning: the model is sparse already (sparsegpt, 2:4)")
+
+
 def test_a_recipe_and_any_other_field(tiny_llama, text, tmp_path):
     settings = ["damping=0.02", "input_shift=0.25", "staged=false", 'denser={"dense": 0.1}', "block_name=model.layers"]
     more = ["--recipe", "fast", "--refine", "reconstruct", "--set", "reconstruction_passes=1"]
@@ -118,10 +129,42 @@ def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp
     assert row in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_eval_saves_nothing_to_a_dense_model_in_the_folder_of_a_sparse_one(pruned, text, tmp_path, capsys):
+    shutil.copytree(pruned, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.dequantize()
+    model.save_pretrained(tmp_path / "out")  # report and card are still there
+    before = files_of(tmp_path)
+    assert main(["eval", str(tmp_path / "out"), "--dataset", str(text), "--window", "64", "--save"]) == 1
+    assert "is not a sparse checkpoint" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
 def test_eval_of_a_folder_without_a_tokenizer_says_how_to_get_one(pruned, text, tmp_path, capsys):
     shutil.copytree(pruned, tmp_path / "out", ignore=shutil.ignore_patterns("token*"))
     assert main(["eval", str(tmp_path / "out"), "--dataset", str(text)]) == 1
     assert "has no tokenizer that can be loaded, and text needs one: save that of the dense" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_not_left_out_in_silence(pruned, tiny_llama, text, tmp_path, caplog):
+    for source in (pruned, tiny_llama):
+        shutil.copytree(source, tmp_path / source.name)
+        (tmp_path / source.name / "tokenizer.json").write_text("{")
+    assert main(["export", str(tmp_path / pruned.name), "--output", str(tmp_path / "dense")]) == 0
+    assert "has no tokenizer that can be loaded, so none is written: " in caplog.text
+    caplog.clear()
+    more = ["--method", "magnitude"]
+    assert main(prune_arguments(tmp_path / tiny_llama.name, text, tmp_path / "out", *more)) == 0
+    assert f"{tiny_llama.name} has no tokenizer that can be loaded: " in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": "x"}, {"hidden_size": 33}, {"quantization_config": "no"}])
+def test_a_config_that_makes_no_sense_is_one_line(change, tiny_llama, text, tmp_path, capsys):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    stored = json.loads((tmp_path / "model" / "config.json").read_text()) | change
+    (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
+    assert main(prune_arguments(tmp_path / "model", text, tmp_path / "out")) == 1
+    assert f"error: the config.json of '{tmp_path / 'model'}' is not valid: " in capsys.readouterr().err
 
 
 def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path, capsys):
@@ -135,6 +178,14 @@ def test_eval_of_local_tasks_beside_the_dense_model(pruned, tiny_llama, tmp_path
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tasks"]["words"]["items"] == found["dense"]["tasks"]["words"]["items"] == 5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_read_only_shows_before_any_work(pruned, text, tmp_path, capsys):
+    shutil.copytree(pruned, tmp_path / "out")
+    (tmp_path / "out").chmod(0o555)
+    assert main(["eval", str(tmp_path / "out"), "--dataset", str(text), "--save"]) == 1
+    assert capsys.readouterr().err.endswith("out cannot be written to; choose another.\n")
 
 
 def test_sweep_writes_every_point_and_repeats_none(tiny_llama, text, tmp_path, capsys):
@@ -239,6 +290,7 @@ def test_info_of_a_dense_checkpoint(pruned, tmp_path, capsys):
         ),
         (["prune", "OUT/no", "--output", "OUT"], "there is no such folder, and it is no id on the hub"),
         (["eval", "OUT/no", "--dataset", "TEXT"], "there is no such folder, and it is no id on the hub"),
+        (["eval", "MODEL", "--dense", "OUT/no", "--dataset", "no.txt"], "out/no': there is no such folder"),
         (["eval", "MODEL", "--dataset", "TEXT"], "sequences of 2048 tokens; the model takes 64: window=64 or less"),
         (["eval", "MODEL", "--dataset", "no.txt"], "dataset='no.txt': there is no such file"),
         (["sweep", "MODEL", "--output", "MODEL/config.json", "--text", "TEXT"], "is a file; choose another"),

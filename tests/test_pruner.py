@@ -3,6 +3,7 @@
 import copy
 import json
 import types
+import warnings
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from models import (
     assert_pattern,
     assert_same_weights,
     files_of,
+    linears_of,
     logits,
     make_config,
     make_model,
@@ -91,6 +93,31 @@ def test_models_of_other_kinds_are_refused(tmp_path):
         Pruner.from_pretrained("no/such/folder")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_keeps_zeros_whose_gradients_are_masked(masked, tiny_llama, tmp_path):
+    """As the README and the error have it."""
+    model = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude"))
+    before = weights_of(model)
+    if masked:
+        for w in (linear.weight for linear in linears_of(model.model.layers).values()):
+            w.register_hook(lambda g, w=w: g * (w != 0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        model(token_ids(), labels=token_ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if not masked:
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be stored .*register_hook"):
+            model.save_pretrained(tmp_path / "out")
+        return
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_weights(again, model)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(again.get_parameter(name) == 0, before[name] == 0)
+    assert not torch.equal(again.get_parameter(name), before[name])
+
+
 def test_no_model_is_pruned_twice_by_mistake(tiny_llama):
     with pytest.raises(ValueError, match="give it to prune or prune_to_disk alone"):
         Pruner.from_pretrained(tiny_llama, sparsity_config=make_config("magnitude"))
@@ -117,6 +144,15 @@ def test_a_quantized_model_is_refused():
 
     model.hf_quantizer = Other()
     with pytest.raises(ValueError, match=r"quantized \(gptq\)"):
+        Pruner.from_pretrained(model).prune(make_config("magnitude"))
+
+
+def test_a_model_with_adapters_is_refused():
+    """They would be pruned as well, and stored under names that nothing loads."""
+    model = make_model("llama")
+    wrapped = nn.ModuleDict({"base_layer": model.model.layers[0].mlp.up_proj, "lora_A": nn.Linear(32, 4)})
+    model.model.layers[0].mlp.up_proj = wrapped  # as PEFT has them
+    with pytest.raises(ValueError, match="has adapters: merge them"):
         Pruner.from_pretrained(model).prune(make_config("magnitude"))
 
 
@@ -412,11 +448,15 @@ def test_pruning_twice_is_pruning_what_is_left(tiny_llama):
     pruner = Pruner.from_pretrained(tiny_llama)
     pruner.prune(make_config("magnitude", "unstructured", sparsity=0.3))
     once = copy.deepcopy(pruner.model.model.layers[0].mlp.up_proj.weight.detach())
-    pruner.prune(make_config("magnitude", "unstructured", sparsity=0.6))
+    with pytest.warns(UserWarning, match=r"sparse already \(magnitude, unstructured\): what is zero stays zero"):
+        pruner.prune(make_config("magnitude", "unstructured", sparsity=0.6))
     twice = pruner.model.model.layers[0].mlp.up_proj.weight.detach()
     assert_pattern(twice, "unstructured", 0.6)
     assert ((twice == 0) >= (once == 0)).all()
-    wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", "unstructured", sparsity=0.6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing of the kind where it is not so
+        wanted = Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude", "unstructured", sparsity=0.6))
+        AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=make_config("magnitude"))
     assert_same_weights(pruner.model, wanted)
 
 

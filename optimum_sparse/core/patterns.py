@@ -158,9 +158,11 @@ def violation(weight: Tensor, pattern: Pattern) -> str | None:
     if isinstance(pattern, NM):
         pattern.check_width(weight.shape[1])
         most = int(nonzero.reshape(-1, pattern.group).sum(-1, dtype=torch.int16).max())
-        return None if most <= pattern.kept else f"a group of {pattern.group} weights has {most} non-zeros"
-    count, kept = int(nonzero.count_nonzero()), pattern.kept(weight.numel())
-    return None if count <= kept else f"{count} of its {weight.numel()} weights are not zero, {kept} may be"
+        problem = None if most <= pattern.kept else f"a group of {pattern.group} weights has {most} non-zeros"
+    else:
+        count, kept = int(nonzero.count_nonzero()), pattern.kept(weight.numel())
+        problem = None if count <= kept else f"{count} of its {weight.numel()} weights are not zero, {kept} may be"
+    return "it holds NaN" if problem is not None and bool(weight.isnan().any()) else problem
 
 
 def patterns_of(weight: Tensor) -> list[NM]:

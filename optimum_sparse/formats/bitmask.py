@@ -74,12 +74,13 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     if not fits:
         raise ValueError(
             f"cannot be stored as {pattern}: {violation(weight, pattern)}. The weights changed after pruning: prune "
-            "the model again, or call model.dequantize() to save it dense."
+            "the model again, or call model.dequantize() to save it dense. Training keeps zeros whose gradients are "
+            "masked: w.register_hook(lambda g, w=w: g * (w != 0)) for each pruned w."
         )
     if not full:
         mask = pack_bits(_filled(unpack_bits(mask, columns), pattern))
     if isinstance(pattern, NM):
-        starts = torch.arange(rows + 1) * (kept // rows)
+        starts = torch.arange(rows + 1) * (columns // pattern.group * pattern.kept)
     else:
         starts = _row_starts(mask)
     if weight.device.type == "cpu":

@@ -6,6 +6,7 @@ Only this module, `convert`, `hub`, `journal` and `streaming` do file input and 
 import contextlib
 import copy
 import json
+import logging
 import math
 import os
 import re
@@ -36,6 +37,8 @@ from ..formats import bitmask, legacy
 from ..report import PruningReport
 from .blocks import Plan, make_plan, module_names
 
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "sparsity_report.json"
 
@@ -132,11 +135,13 @@ def check_new(output: Path, besides: str = "") -> None:
 
 
 def check_folder(output: str | os.PathLike) -> None:
-    """Raise NotADirectoryError unless `output` is a folder, or can become one."""
+    """Raise OSError unless files can be written to the folder `output`, or it can be made."""
     path = Path(output).absolute()
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise NotADirectoryError(f"output {str(output)!r}: {part} is a file; choose another.")
+    part = next(part for part in (path, *path.parents) if part.exists())
+    if not part.is_dir():
+        raise NotADirectoryError(f"output {str(output)!r}: {part} is a file; choose another.")
+    if not os.access(part, os.W_OK | os.X_OK):
+        raise PermissionError(f"output {str(output)!r}: {part} cannot be written to; choose another.")
 
 
 def check_size(max_shard_size: int | str) -> None:
@@ -184,7 +189,12 @@ def load_config(source: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
             raise FileNotFoundError(
                 f"{str(source)!r}: there is no such folder, and it is no id on the hub, such as 'org/model'."
             ) from None
-    config = AutoConfig.from_pretrained(source, **hub)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of many kinds, for values that make no sense
+        raise ValueError(f"the config.json of {str(source)!r} is not valid: {error}") from error
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
         raise ValueError(
@@ -212,7 +222,8 @@ def load_model(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
     if missing:
         raise OSError(
             f"the checkpoint {str(source)!r} lacks {len(missing)} weights, and random numbers would take their place: "
-            f"{', '.join(missing[:4])}. It is not complete, or not of a causal language model."
+            f"{', '.join(missing[:4])}. It is not complete, or not of a causal language model. (A model in memory is "
+            "taken as it is.)"
         )
     return model
 
@@ -241,8 +252,13 @@ def legacy_format(content: dict[str, Any]) -> str | None:
 
 def copy_tokenizer(source: str, directory: str | os.PathLike, **loading: Any) -> None:
     """Save the tokenizer of `source` beside a checkpoint, if it has one."""
-    with contextlib.suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(source, **loading).save_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **loading)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("%s has no tokenizer that can be loaded, so none is written: %s", source, reason)
+        return
+    tokenizer.save_pretrained(directory)
 
 
 @dataclass

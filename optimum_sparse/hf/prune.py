@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .. import ranks
 from ..allocation import allocate
 from ..calibration import calibration_batches
-from ..config import DENSE, SparsityConfig, describe_dataset, is_texts
+from ..config import DENSE, QUANT_METHOD, SparsityConfig, describe_dataset, is_texts
 from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
@@ -375,14 +375,22 @@ def _check_amount(batches: list[dict[str, Tensor]], blocks: list[Block]) -> None
 
 def _check(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"a transformers PreTrainedModel is pruned, got {type(model).__name__}.")
-    if getattr(model, "_hf_peft_config_loaded", False):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
+    wrapped = any(hasattr(module, "base_layer") for module in model.modules())  # as PEFT calls it
+    if wrapped or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("the model has adapters: merge them into its weights, or prune before adding them.")
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise ValueError("the model holds compressed weights: load it without run_compressed=True to prune it again.")
     quantizer = getattr(model, "hf_quantizer", None)
-    method = None if quantizer is None else quantizer.quantization_config.quant_method
-    if method not in (None, "sparsity"):
+    stored = None if quantizer is None else quantizer.quantization_config
+    method = None if stored is None else stored.quant_method
+    if method == QUANT_METHOD and quantizer.pre_quantized:
+        warnings.warn(
+            f"the model is sparse already ({stored.method}, {stored.pattern}): what is zero stays zero, and errors "
+            "are relative to the model as it is. To compare patterns, prune the dense one.",
+            stacklevel=2,
+        )
+    if method not in (None, QUANT_METHOD):
         raise ValueError(
             f"the model is quantized ({getattr(method, 'value', method)}), and transformers holds one quantizer per "
             "model: prune the original weights, or call model.dequantize() first."

@@ -1,6 +1,7 @@
 """The plug into transformers' loading and saving: prune on load, load dense or compressed, save compressed."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,6 +27,8 @@ from .checkpoint import REPORT_FILE, check_stored, read_headers, read_report, st
 from .placement import offloaded_weight
 from .prune import measures_layers, prune_model
 
+
+logger = logging.getLogger(__name__)
 
 # What the `from_pretrained` that runs was given for the hub (token, local_files_only ...): transformers does not tell
 # its quantizers, which look for more files there.
@@ -384,7 +387,9 @@ def load_tokenizer(config: PreTrainedConfig, **kwargs: Any) -> Any:
     revision = getattr(config, "_commit_hash", None)
     try:
         return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}) | kwargs)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("%s has no tokenizer that can be loaded: %s", source, reason)
         return None
 
 

@@ -19,7 +19,7 @@ def library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("optimum_sparse.kernels._cpu")
     try:
         if spec is None or spec.origin is None:
-            raise OSError("it was not built, for want of a C++20 compiler when optimum-sparse was installed")
+            raise OSError("without a C++20 compiler it was not built; with one, install optimum-sparse again")
         # It was linked without OpenMP, and finds the one that `import torch` has loaded for all: threads of a second
         # one would compete with PyTorch's.
         found = ctypes.CDLL(spec.origin)

@@ -277,7 +277,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     if matrix.weight.requires_grad:
         raise ValueError(
             "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
-            "(weight.requires_grad_(False)) and train adapters."
+            "(weight.requires_grad_(False)) and train the rest."
         )
     weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout = matrix
     ctx.save_for_backward(weight, weight_mask, weight_rows, *layout)

@@ -124,6 +124,7 @@ def test_violation_accepts_what_keep_mask_makes_and_names_one_weight_too_many(pa
         return
     keep[tuple((~keep).nonzero()[-1])] = True
     assert violation(weight * keep, pattern) is not None
+    assert violation(torch.full_like(weight, torch.nan), pattern) == "it holds NaN", "of training that diverged, say"
 
 
 @pytest.mark.parametrize(
