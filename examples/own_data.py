@@ -17,6 +17,8 @@ from optimum_sparse import Pruner, SparsityConfig
 
 def main(model: str, documents: str, output: str, samples: int = 128, tokens: int = 2048) -> None:
     pruner = Pruner.from_pretrained(model)
+    if pruner.tokenizer.pad_token is None:  # Llama and GPT-2 have none; what it is does not matter, since it is masked
+        pruner.tokenizer.pad_token = pruner.tokenizer.eos_token
     texts = Path(documents).read_text(encoding="utf-8").split("\n\n")  # or: tokenizer.apply_chat_template(...)
 
     def padded(batch: list[str]) -> dict:

@@ -1,12 +1,13 @@
 """One example per topic: each runs as it is, on a tiny model, and does what it says."""
 
 import json
+import shutil
 
 import hub_calls
 import pytest
 from helpers import load_example
 from models import assert_pattern, linears_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def assert_pruned(path) -> None:
@@ -24,11 +25,19 @@ def test_prunes_and_saves(name, tiny_llama, text, tmp_path, capsys):
     assert ("model-00003-of-00003.safetensors" in printed) == (name == "larger_than_memory")
 
 
-def test_own_data_is_calibrated_on_document_by_document(tiny_llama, text, tmp_path):
+@pytest.mark.parametrize("pads", [True, False])
+def test_own_data_is_calibrated_on_document_by_document(pads, tiny_llama, text, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    if not pads:
+        path = tmp_path / "model" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+        assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token is None
     words = text.read_text().split()
     (tmp_path / "documents.txt").write_text("\n\n".join(" ".join(words[:size]) for size in range(10, 40)))
     example = load_example("own_data")
-    example.main(str(tiny_llama), str(tmp_path / "documents.txt"), str(tmp_path / "out"), samples=20, tokens=32)
+    example.main(
+        str(tmp_path / "model"), str(tmp_path / "documents.txt"), str(tmp_path / "out"), samples=20, tokens=32
+    )
     assert_pruned(tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stored["dataset"] == "in memory: DataLoader"
