@@ -16,7 +16,7 @@ from .. import ranks
 from ..config import QUANT_METHOD, SparsityConfig
 from .checkpoint import legacy_format, write_report
 from .hub import push, push_model, write_card
-from .quantizer import SparsityQuantizer, hub_arguments
+from .quantizer import SparsityQuantizer, given_state, hub_arguments
 
 
 _MERGED = "You passed `quantization_config` or equivalent parameters"  # transformers' warning; here it was asked for
@@ -175,11 +175,16 @@ def _saving_report(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if not _is_sparse(self):
-            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        before = given_state.set(given.get("state_dict"))
+        try:
+            return save(self, given) if _is_sparse(self) else original(self, *args, **kwargs)
+        finally:
+            given_state.reset(before)
+
+    def save(self: PreTrainedModel, given: dict[str, Any]) -> Any:
         if ranks.rank() > 0:  # all processes have the same model, and the first one writes it
             return None
-        given = signature.bind(self, *args, **kwargs).arguments
         directory = Path(given["save_directory"])
         uploading = given.pop("push_to_hub", False)
         more = given.pop("kwargs", {})

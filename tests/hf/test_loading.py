@@ -548,6 +548,30 @@ def test_a_sparser_weight_can_be_saved(sparse_checkpoints, tmp_path):
         torch.testing.assert_close(logits(compressed), logits(model))
 
 
+@pytest.mark.parametrize("run_compressed", MODES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_state_dict_that_is_given_is_what_is_saved(architecture, run_compressed, tmp_path):
+    """What a Trainer saves under FSDP and DeepSpeed, where the model itself holds parts of its weights, or none."""
+    config = make_config("magnitude", layers={"o_proj": "1:4"} if architecture == "llama" else {})
+    Pruner(make_model(architecture)).prune(config).save_pretrained(tmp_path / "before")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "before", run_compressed=run_compressed)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "before")
+    wanted.load_state_dict(
+        {name: 2 * x if x.is_floating_point() else x for name, x in wanted.state_dict().items()}, strict=True
+    )
+    state = {name: 2 * x if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    names = set(state)
+    model.save_pretrained(tmp_path / "after", state_dict=state)
+    assert set(state) == names
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "after"), wanted)
+    assert set(stored_tensors(tmp_path / "after")) >= set(stored_tensors(tmp_path / "before"))  # and tied ones, untied
+    model.save_pretrained(tmp_path / "nothing", False, {})  # a process that does not write has nothing
+    assert not any(name.endswith(".safetensors") for name in files_of(tmp_path / "nothing"))
+
+
 # ---- the plug itself
 
 
