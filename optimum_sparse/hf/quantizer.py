@@ -234,14 +234,34 @@ class SparsityQuantizer(HfQuantizer):
                     state[name] = offloaded_weight(model.get_submodule(owner), key)
         return state, {"format": "pt"}
 
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Weights of ordinary linears, zeros in place.
+
+        Args:
+            dtype: of all parameters. None: they stay in theirs (transformers' own takes that of the config, which is
+                another one after `model.half()`).
+        """
+        self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Weights of ordinary linears, zeros in place."""
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+        needed = [module.weight for module in layers] if dtype is None else model.parameters()
+        if any(weight.is_meta for weight in needed):
+            raise ValueError(
+                "weights are offloaded, and only those in memory can be dequantized"
+                + (": " if dtype is None else f" or become {dtype}: ")
+                + "load the model with dtype=, without run_compressed=True, or with a device_map that offloads none."
+            )
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 model.set_submodule(name, _dense_module(module))
         for name, module in list(model.named_modules()):
             if isinstance(module, Experts):
                 model.set_submodule(name, module.give_back())
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.data = parameter.data.to(dtype)
         return model
 
 

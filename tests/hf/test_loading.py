@@ -438,6 +438,18 @@ def test_dequantize(pattern, architecture, tmp_path):
         assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), weights)
 
 
+@pytest.mark.parametrize("run_compressed", MODES)
+def test_dequantize_in_another_dtype(run_compressed, sparse_checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"], run_compressed=run_compressed)
+    model.dequantize(dtype=torch.bfloat16)
+    wanted = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"], dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert_same_weights(model, wanted)
+    assert_same_logits(model, wanted)
+    wanted.to(torch.float16).dequantize()
+    assert {parameter.dtype for parameter in wanted.parameters()} == {torch.float16}
+
+
 def test_moving_and_copying_a_compressed_model(sparse_checkpoints, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["unstructured"], run_compressed=True)
     wanted = logits(model)
