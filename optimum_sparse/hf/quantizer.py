@@ -185,7 +185,7 @@ class SparsityQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The state dict as it is stored: every pruned weight compressed, on the CPU.
 
-        One that `save_pretrained` was given is stored as far as it goes: processes that write nothing have none of it.
+        Of one that `save_pretrained` was given, what is in it: processes that write nothing have nothing.
         """
         given = given_state.get()
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved

@@ -584,6 +584,28 @@ def test_a_state_dict_that_is_given_is_what_is_saved(architecture, run_compresse
     assert not any(name.endswith(".safetensors") for name in files_of(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("run_compressed", MODES)
+def test_what_shares_a_sparse_models_config_can_be_saved(run_compressed, sparse_checkpoints, tmp_path):
+    """Its body, and a new model of the same config: whose weights are dense has a config that says so."""
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"], run_compressed=run_compressed)
+    stored = model.config.quantization_config
+    model.model.save_pretrained(tmp_path / "body")
+    fresh = LlamaForCausalLM(model.config)
+    fresh.save_pretrained(tmp_path / "fresh")
+    other = LlamaForCausalLM(AutoConfig.from_pretrained(sparse_checkpoints["2:4"]))
+    other.save_pretrained(tmp_path / "other")
+    assert model.config.quantization_config is stored
+    assert_same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "fresh"), fresh)
+    assert_same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "other"), other)
+    body = AutoModel.from_pretrained(tmp_path / "body")
+    assert_same_weights(body, AutoModel.from_pretrained(sparse_checkpoints["2:4"]))
+    for name in ("body", "fresh", "other"):
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        assert ("quantization_config" in content) == (name == "body" and run_compressed)
+    model.save_pretrained(tmp_path / "model")
+    assert files_of(tmp_path / "model") == files_of(sparse_checkpoints["2:4"])
+
+
 # ---- the plug itself
 
 
