@@ -1,4 +1,4 @@
-"""Faster arithmetic where it does no harm."""
+"""Faster arithmetic where it does no harm, and full fp32 where it would."""
 
 import contextlib
 import functools
@@ -42,6 +42,14 @@ class _Precision:
 
 
 _cpu = _Precision(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_cuda = _Precision(torch.backends.cuda.matmul)
+
+
+@contextlib.contextmanager
+def full_fp32(device: str) -> Iterator[None]:
+    """fp32 products on this type of device stay fp32, whatever autocast and precision (TF32, bf16) the caller set."""
+    with torch.autocast(device, enabled=False), _cpu.at("ieee"), _cuda.at("ieee"):
+        yield
 
 
 @contextlib.contextmanager
