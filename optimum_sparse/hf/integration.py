@@ -14,9 +14,10 @@ from transformers.quantizers import auto
 
 from .. import ranks
 from ..config import QUANT_METHOD, SparsityConfig
+from ..nn import SparseLinear
 from .checkpoint import legacy_format, write_report
 from .hub import push, push_model, write_card
-from .quantizer import SparsityQuantizer, hub_arguments
+from .quantizer import SparsityQuantizer, given_state, hub_arguments
 
 
 _MERGED = "You passed `quantization_config` or equivalent parameters"  # transformers' warning; here it was asked for
@@ -169,17 +170,40 @@ def _is_sparse(model: PreTrainedModel) -> bool:
     return isinstance(quantizer, SparsityQuantizer) and quantizer.saves_all and not adapter
 
 
+def _inherited_config(model: PreTrainedModel) -> Any:
+    """A sparse model's quantization_config in the config of one that is saved dense; else None.
+
+    Models share their config with their parts, and with what else is made from it.
+    """
+    if isinstance(getattr(model, "hf_quantizer", None), SparsityQuantizer):
+        return None
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    compressed = any(isinstance(module, SparseLinear) for module in model.modules())
+    return config if method == QUANT_METHOD and not compressed else None
+
+
 def _saving_report(original: Callable) -> Callable:
     """With report and model card; and, for push_to_hub=True, with them in the upload, and no card of transformers'."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if not _is_sparse(self):
-            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        before = given_state.set(given.get("state_dict"))
+        config = _inherited_config(self)
+        try:
+            if config is not None:
+                del self.config.quantization_config
+            return save(self, given) if _is_sparse(self) else original(self, *args, **kwargs)
+        finally:
+            given_state.reset(before)
+            if config is not None:
+                self.config.quantization_config = config
+
+    def save(self: PreTrainedModel, given: dict[str, Any]) -> Any:
         if ranks.rank() > 0:  # all processes have the same model, and the first one writes it
             return None
-        given = signature.bind(self, *args, **kwargs).arguments
         directory = Path(given["save_directory"])
         uploading = given.pop("push_to_hub", False)
         more = given.pop("kwargs", {})

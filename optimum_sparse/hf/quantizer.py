@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # What the `from_pretrained` that runs was given for the hub (token, local_files_only ...): transformers does not tell
 # its quantizers, which look for more files there.
 hub_arguments: ContextVar[dict[str, Any]] = ContextVar("hub_arguments")
+# Likewise of the `save_pretrained` that runs: the state dict that it was given, as FSDP and DeepSpeed need it.
+given_state: ContextVar[dict[str, Tensor] | None] = ContextVar("given_state", default=None)
 
 
 class SparsityQuantizer(HfQuantizer):
@@ -184,16 +186,20 @@ class SparsityQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict as it is stored: every pruned weight compressed, on the CPU."""
+        """The state dict as it is stored: every pruned weight compressed, on the CPU.
+
+        Of one that `save_pretrained` was given, what is in it: processes that write nothing have nothing.
+        """
+        given = given_state.get()
         if getattr(model, "_hf_peft_config_loaded", False):  # only the adapter is saved
-            return None, {}
+            return given, {}
         config = self.quantization_config
         codec = FORMATS[config.format]
         plan = make_plan(model, config, strict=False)
         linears = plan.linears
         if _would_be_merged(model, plan):
             model._weight_conversions = []
-        state = _stored_state(model)
+        state = _stored_state(model) if given is None else dict(given)
         experts = plan.experts
         if self._part is not None:
             state = {name: tensor for name, tensor in state.items() if self._part(name)}
@@ -212,12 +218,14 @@ class SparsityQuantizer(HfQuantizer):
             state.update({f"{name}.{key}": tensor.cpu() for key, tensor in tensors.items()})
 
         for name, linear in linears.items():
-            if linear.expert is None:
+            if linear.expert is None and f"{name}.weight" in state:
                 weight = state.pop(f"{name}.weight")
                 weight = offloaded_weight(linear.module, "weight") if weight.is_meta else weight
                 put(name, weight.T if linear.transposed else weight)
         for name, apart in experts.items():
             for key in apart.matrices:
+                if f"{name}.{key}" not in state:
+                    continue
                 weight = state[f"{name}.{key}"]
                 weight = offloaded_weight(apart.fused, key) if weight.is_meta else weight
                 state[f"{name}.{key}"] = apart.get_buffer(key)
@@ -230,14 +238,34 @@ class SparsityQuantizer(HfQuantizer):
                     state[name] = offloaded_weight(model.get_submodule(owner), key)
         return state, {"format": "pt"}
 
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Weights of ordinary linears, zeros in place.
+
+        Args:
+            dtype: of all parameters. None: they stay in theirs (transformers' own takes that of the config, which is
+                another one after `model.half()`).
+        """
+        self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Weights of ordinary linears, zeros in place."""
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+        needed = [module.weight for module in layers] if dtype is None else model.parameters()
+        if any(weight.is_meta for weight in needed):
+            raise ValueError(
+                "weights are offloaded, and only those in memory can be dequantized"
+                + (": " if dtype is None else f" or become {dtype}: ")
+                + "load the model with dtype=, without run_compressed=True, or with a device_map that offloads none."
+            )
         for name, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 model.set_submodule(name, _dense_module(module))
         for name, module in list(model.named_modules()):
             if isinstance(module, Experts):
                 model.set_submodule(name, module.give_back())
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.data = parameter.data.to(dtype)
         return model
 
 

@@ -1,11 +1,55 @@
-"""Faster arithmetic where it does no harm."""
+"""Faster arithmetic where it does no harm, and full fp32 where it would."""
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+
+class _Precision:
+    """PyTorch's precision of fp32 matrix products on one backend, which is one for the whole process.
+
+    Of all that is asked for at a time, nested or in several threads, the strictest holds; what was set before the
+    first comes back after the last.
+    """
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._asked: list[str] = []
+        self._before = ""
+
+    @contextlib.contextmanager
+    def at(self, precision: str) -> Iterator[None]:
+        """Or stricter: it is 'ieee', 'tf32' or 'bf16'."""
+        with self._lock:
+            if not self._asked:
+                self._before = self._backend.fp32_precision
+            self._asked.append(precision)
+            self._set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asked.remove(precision)
+                self._set()
+
+    def _set(self) -> None:
+        self._backend.fp32_precision = min(self._asked, key=("ieee", "tf32", "bf16").index, default=self._before)
+
+
+_cpu = _Precision(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_cuda = _Precision(torch.backends.cuda.matmul)
+
+
+@contextlib.contextmanager
+def full_fp32(device: str) -> Iterator[None]:
+    """fp32 products on this type of device stay fp32, whatever autocast and precision (TF32, bf16) the caller set."""
+    with torch.autocast(device, enabled=False), _cpu.at("ieee"), _cuda.at("ieee"):
+        yield
 
 
 @contextlib.contextmanager
@@ -16,13 +60,8 @@ def onednn_fp32(precision: str = "tf32") -> Iterator[None]:
     not have: products stay fp32 (error against float64 2.5e-7 in both). On AMD, where MKL leaves AVX-512 unused, they
     are 1.5 to 2 times faster.
     """
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
+    with _cpu.at(precision):
         yield
-    finally:
-        matmul.fp32_precision = before
 
 
 @contextlib.contextmanager

@@ -109,11 +109,15 @@ class Experts(nn.Module):
                 target.add_module(name, child)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[tokens, hidden] from [tokens, hidden], and the experts of each token [tokens, k] and their weights."""
+        """[tokens, hidden] from [tokens, hidden], and the experts of each token [tokens, k] and their weights.
+
+        The number after the last expert's stands for none, which adds nothing.
+        """
         choices, members = top_k_index.flatten(), self.members
         by_expert = choices.argsort(stable=True)
-        tokens = by_expert // top_k_index.shape[-1]
-        counts = torch.bincount(choices, minlength=len(members)).tolist()
+        *counts, none = torch.bincount(choices, minlength=len(members) + 1).tolist()
+        chosen = by_expert[: len(choices) - none]
+        tokens = chosen // top_k_index.shape[-1]
         outputs = []
         for number, (expert, mine, x) in enumerate(
             zip(members, tokens.split(counts), hidden_states[tokens].split(counts), strict=True)
@@ -127,8 +131,11 @@ class Experts(nn.Module):
             expert.tokens = None
         # Back in the order of the tokens and summed over their experts: not added up in place, which CUDA does in any
         # order.
-        output = (torch.cat(outputs) * top_k_weights.flatten()[by_expert, None])[by_expert.argsort()]
-        return output.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        output = torch.cat(outputs or [hidden_states[:0]]) * top_k_weights.flatten()[chosen, None]
+        if none:
+            output = nn.functional.pad(output, (0, 0, 0, none))
+        output = output[by_expert.argsort()]
+        return output.view(*top_k_index.shape, output.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _call(self, number: int, expert: Expert, x: Tensor) -> Tensor:
         for matrix in self.matrices:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .. import ranks
 from ..core import SAMPLE_TOKENS, Needs, NotPositiveDefinite, Solved, violation
-from ..kernels.precision import fast_forward
+from ..kernels.precision import fast_forward, full_fp32
 from ..methods import Method
 from ..report import LayerReport
 from .observe import Evidence, collect, find_layout, token_weights
@@ -171,7 +171,8 @@ def _prune_block(
         for owner in owners:
             linear, evidence = part.pop(0)  # what was solved is given up
             if owner == ranks.rank():
-                own[linear.name] = _prune_linear(linear, evidence, method, objective)
+                with full_fp32(linear.weight.device.type):  # not as a caller's autocast would have it
+                    own[linear.name] = _prune_linear(linear, evidence, method, objective)
         told = ranks.gathered({name: (report, keep is not None) for name, (report, keep) in own.items()})
         for linear, owner in zip(linears, owners, strict=True):
             reports[linear.name], pruned = told[owner][linear.name]

@@ -438,6 +438,18 @@ def test_dequantize(pattern, architecture, tmp_path):
         assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), weights)
 
 
+@pytest.mark.parametrize("run_compressed", MODES)
+def test_dequantize_in_another_dtype(run_compressed, sparse_checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"], run_compressed=run_compressed)
+    model.dequantize(dtype=torch.bfloat16)
+    wanted = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"], dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert_same_weights(model, wanted)
+    assert_same_logits(model, wanted)
+    wanted.to(torch.float16).dequantize()
+    assert {parameter.dtype for parameter in wanted.parameters()} == {torch.float16}
+
+
 def test_moving_and_copying_a_compressed_model(sparse_checkpoints, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["unstructured"], run_compressed=True)
     wanted = logits(model)
@@ -546,6 +558,52 @@ def test_a_sparser_weight_can_be_saved(sparse_checkpoints, tmp_path):
         assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), model)
         compressed = AutoModelForCausalLM.from_pretrained(folder, run_compressed=True)
         torch.testing.assert_close(logits(compressed), logits(model))
+
+
+@pytest.mark.parametrize("run_compressed", MODES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_state_dict_that_is_given_is_what_is_saved(architecture, run_compressed, tmp_path):
+    """What a Trainer saves under FSDP and DeepSpeed, where the model itself holds parts of its weights, or none."""
+    config = make_config("magnitude", layers={"o_proj": "1:4"} if architecture == "llama" else {})
+    Pruner(make_model(architecture)).prune(config).save_pretrained(tmp_path / "before")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "before", run_compressed=run_compressed)
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "before")
+    wanted.load_state_dict(
+        {name: 2 * x if x.is_floating_point() else x for name, x in wanted.state_dict().items()}, strict=True
+    )
+    state = {name: 2 * x if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    names = set(state)
+    model.save_pretrained(tmp_path / "after", state_dict=state)
+    assert set(state) == names
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "after"), wanted)
+    assert set(stored_tensors(tmp_path / "after")) >= set(stored_tensors(tmp_path / "before"))  # and tied ones, untied
+    model.save_pretrained(tmp_path / "nothing", False, {})  # a process that does not write has nothing
+    assert not any(name.endswith(".safetensors") for name in files_of(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("run_compressed", MODES)
+def test_what_shares_a_sparse_models_config_can_be_saved(run_compressed, sparse_checkpoints, tmp_path):
+    """Its body, and a new model of the same config: whose weights are dense has a config that says so."""
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"], run_compressed=run_compressed)
+    stored = model.config.quantization_config
+    model.model.save_pretrained(tmp_path / "body")
+    fresh = LlamaForCausalLM(model.config)
+    fresh.save_pretrained(tmp_path / "fresh")
+    other = LlamaForCausalLM(AutoConfig.from_pretrained(sparse_checkpoints["2:4"]))
+    other.save_pretrained(tmp_path / "other")
+    assert model.config.quantization_config is stored
+    assert_same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "fresh"), fresh)
+    assert_same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "other"), other)
+    body = AutoModel.from_pretrained(tmp_path / "body")
+    assert_same_weights(body, AutoModel.from_pretrained(sparse_checkpoints["2:4"]))
+    for name in ("body", "fresh", "other"):
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        assert ("quantization_config" in content) == (name == "body" and run_compressed)
+    model.save_pretrained(tmp_path / "model")
+    assert files_of(tmp_path / "model") == files_of(sparse_checkpoints["2:4"])
 
 
 # ---- the plug itself

@@ -143,6 +143,21 @@ def test_sparse_checkpoint_loaded_to_disk(method, pattern, run_compressed, wante
     assert files_of(source) == before
 
 
+def test_dequantize_refuses_what_is_not_in_memory(wanted, tmp_path):
+    """Weights on the meta device would become zeros, or whatever lies in memory."""
+    offload = dict(device_map=layer_map({0, 2}), offload_folder=tmp_path / "offload")
+    model = AutoModelForCausalLM.from_pretrained(wanted["magnitude", "2:4"], run_compressed=True, **offload)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"offloaded, and only those in memory .*without run_compressed=True"):
+        model.dequantize()
+    assert torch.equal(logits(model), before)  # nothing has begun
+    model = AutoModelForCausalLM.from_pretrained(wanted["magnitude", "2:4"], **offload)
+    with pytest.raises(ValueError, match=r"offloaded.* or become torch\.float16"):
+        model.dequantize(dtype=torch.float16)
+    model.dequantize()
+    torch.testing.assert_close(logits(model), before)
+
+
 def test_weights_that_nothing_changed_are_not_written(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense, device_map=layer_map({1}), offload_folder=tmp_path / "offload")
     before = set(files_of(tmp_path))

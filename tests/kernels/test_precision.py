@@ -1,5 +1,7 @@
 """Faster arithmetic on a CPU: what it may change, and that it ends where it should."""
 
+import threading
+
 import pytest
 import torch
 from models import make_config, make_model
@@ -40,6 +42,33 @@ def test_precision_is_given_back_after_an_error():
     with pytest.raises(KeyError), precision.onednn_fp32():
         raise KeyError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_overlapping_uses_leave_nothing_behind():
+    """Of two threads, the one that began first ends first; inside, none gets less than it asked for."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    begun, second_began, ended = threading.Event(), threading.Event(), threading.Event()
+    seen = []
+
+    def first() -> None:
+        with precision.onednn_fp32("bf16"):
+            seen.append(matmul.fp32_precision)
+            begun.set()
+            second_began.wait(10)
+        ended.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait(10)
+    with precision.onednn_fp32("tf32"):
+        seen.append(matmul.fp32_precision)
+        second_began.set()
+        ended.wait(10)
+        seen.append(matmul.fp32_precision)
+    thread.join()
+    assert seen == ["bf16", "tf32", "tf32"]
+    assert matmul.fp32_precision == before
 
 
 def test_bf16_forward_prunes_nearly_as_well(bf16, monkeypatch):

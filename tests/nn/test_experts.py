@@ -38,6 +38,42 @@ def test_the_same_function(architecture: str):
 
 
 @pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize("sees_all", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_no_tokens(architecture: str, sees_all: bool, compressed: bool):
+    fused = fused_of(architecture)
+    x, chosen, weights = (part[:0] for part in routed())
+    wanted = fused(x, chosen, weights)
+    experts = Experts(fused)
+    experts.take()
+    for expert in experts.members:
+        expert.sees_all = sees_all
+        for matrix in experts.matrices if compressed else ():
+            weight = expert.get_submodule(matrix).weight.detach()
+            weight = weight * keep_mask(weight.abs(), NM(2, 4))
+            setattr(expert, matrix, SparseLinear.from_dense(weight, None, NM(2, 4)))
+    output = experts(x, chosen, weights)
+    assert output.shape == wanted.shape == (0, HIDDEN)
+    assert output.dtype == wanted.dtype
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])  # gpt_oss says that it does, and raises
+@pytest.mark.parametrize("left_out", ["some", "all"])
+def test_a_choice_of_no_expert_adds_nothing(architecture: str, left_out: str):
+    """As transformers' expert parallelism asks for, with whatever weight, for experts of other devices."""
+    fused = fused_of(architecture)
+    x, chosen, weights = routed()
+    none = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(1)) < (0.4 if left_out == "some" else 2)
+    chosen, weights = chosen.masked_fill(none, 4), weights.masked_fill(none, torch.nan)
+    wanted = fused(x, chosen, weights)
+    experts = Experts(fused)
+    experts.take()
+    torch.testing.assert_close(experts(x, chosen, weights), wanted)
+    experts.members[0].sees_all = True
+    torch.testing.assert_close(experts(x, chosen, weights), wanted)
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
 def test_views_until_something_is_written(architecture: str):
     fused = fused_of(architecture)
     experts = Experts(fused)

@@ -30,6 +30,31 @@ from optimum_sparse.pipeline import Block, Calls, Linear, Objective, Reconstruct
 # ---- statistics
 
 
+@pytest.mark.parametrize("method", [SparseGPT(), Rose(), Admm(), Polished(Wanda())], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("precision", ["autocast", "medium"])
+def test_the_callers_precision_is_not_that_of_the_solvers(method, precision):
+    """Blocks in float64, which neither changes: what differs could only be what is solved, in fp32."""
+    before = torch.get_float32_matmul_precision()
+    batches = [x.double() for x in tokens_of(width=64)]
+    objective = Objective(staged=True, input_shift=0.5, residual_shift=0.5)
+    pruned = []
+    for changed in (False, True):
+        block = Decoder(64, 640).double()  # wide enough for a factor that is inverted by halves
+        if changed and precision == "medium":
+            torch.set_float32_matmul_precision("medium")
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=changed and precision == "autocast"):
+                reports = prune_blocks([block_of(block)], calls_of(batches), method, objective=objective)
+            set_inside = torch.get_float32_matmul_precision()
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert set_inside == ("medium" if changed and precision == "medium" else before)
+        pruned.append((block.state_dict(), [report.error for report in reports]))
+    (weights, errors), (others, other_errors) = pruned
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert errors == other_errors
+
+
 def test_linears_with_the_same_input_share_their_statistics():
     batches, spy = tokens_of(), Spy()
     prune_blocks([block_of(Attention())], calls_of(batches), spy)
