@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--device-map", default="cpu")
+    parser.add_argument(
+        "--peak-only", action="store_true", help="do not save and load, which needs the model in memory"
+    )
     args = parser.parse_args()
     print(
         f"Llama N x {args.hidden} x {args.intermediate}, bf16, {args.pattern}, {args.samples} x {args.tokens} tokens, "
@@ -53,25 +57,20 @@ def main() -> None:
     )
     print("| method | blocks | checkpoint, GB | seconds | peak memory, GB |")
     print("|---|---|---|---|---|")
-    dense, sparse = args.folder / "dense", args.folder / "sparse"
-    args.folder.mkdir(parents=True, exist_ok=True)
-    text = args.folder / "text.txt"
-    text.write_text(" ".join(WORDS * (1 + args.samples * args.tokens // len(WORDS))))
     table = []
-    try:
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        dense, sparse, text = (Path(folder, name) for name in ("dense", "sparse", "text.txt"))
+        text.write_text(" ".join(WORDS * (1 + args.samples * args.tokens // len(WORDS))))
         for depth in args.blocks:
             write_llama(dense, depth, args)
             for method in args.methods:
                 taken, peak = prune(dense, sparse, text, method, args)
                 print(f"| {method} | {depth} | {size(dense) / 1e9:.1f} | {taken:.0f} | {peak / 1e9:.2f} |", flush=True)
-                if not table:
-                    table = save_and_load(dense, sparse, args.folder / "saved")
+                if not table and not args.peak_only:
+                    table = save_and_load(dense, sparse, Path(folder, "saved"))
                 shutil.rmtree(sparse)
             shutil.rmtree(dense)
-    finally:
-        for path in (dense, sparse, args.folder / "saved"):
-            shutil.rmtree(path, ignore_errors=True)
-        text.unlink()
     print("", *table, sep="\n")
 
 
@@ -145,6 +144,7 @@ def save_and_load(dense: Path, sparse: Path, target: Path) -> list[str]:
     ):
         cells = []
         for cold in (True, False):
+            model = None  # not two at a time
             if cold:
                 drop(source)
             model, seconds = timed(AutoModelForCausalLM.from_pretrained, source, dtype="auto", **options)
