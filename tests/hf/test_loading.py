@@ -156,8 +156,12 @@ def test_the_callers_config_is_not_changed(tiny_llama, sparse_checkpoints):
     AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, run_compressed=True)
     assert config.to_dict() == before
     assert config.run_compressed is False
-    Pruner.from_pretrained(tiny_llama).prune(config)
+    model = Pruner.from_pretrained(tiny_llama).prune(config)
     assert config.to_dict() == before
+    config.ignore.append("q_proj")  # for the next model
+    config.layers["mlp"] = "dense"
+    assert model.config.quantization_config.ignore == before["ignore"]
+    assert model.config.quantization_config.layers == before["layers"]
 
 
 @pytest.mark.parametrize("owner", [AutoModelForCausalLM, LlamaForCausalLM, SparseModelForCausalLM])
