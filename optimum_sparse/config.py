@@ -174,6 +174,19 @@ class SparsityConfig(QuantizationConfigMixin):
                     raise ValueError(f"{field_name}[{name!r}]: {error}") from error
         _check_dataset(self.dataset)
 
+    def __copy__(self) -> "SparsityConfig":
+        """With lists and dicts of its own: what is done to one of the two is not done to the other."""
+        new = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(new, name, copy.copy(value) if isinstance(value, list | dict) else value)
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        """Data in memory is compared by its fingerprint."""
+        if not isinstance(other, SparsityConfig):
+            return NotImplemented
+        return (self.to_dict(), self.run_compressed) == (other.to_dict(), other.run_compressed)
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The inverse of `to_dict`. Raises ValueError for keys that do not exist."""
@@ -189,7 +202,8 @@ class SparsityConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable; without `run_compressed`, which belongs to a load and not to a checkpoint."""
-        stored = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "run_compressed"}
+        own = copy.copy(self)
+        stored = {f.name: getattr(own, f.name) for f in fields(self) if f.name != "run_compressed"}
         stored["dataset"] = describe_dataset(self.dataset)
         return stored
 

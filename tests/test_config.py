@@ -20,6 +20,38 @@ Q10 = "model.layers.10.self_attn.q_proj"
 DOWN1 = "model.layers.1.mlp.down_proj"
 
 
+# ---- copying and comparing
+
+
+def test_copies_share_no_lists_and_dicts():
+    config = SparsityConfig(ignore=["q_proj"], layers={"mlp": "4:8"}, denser={"dense": 0.1}, targets=["mlp"])
+    before = copy.deepcopy(config.to_dict())
+    for changed in (copy.copy(config), config.resolved(second_order=True)):
+        assert changed.ignore == config.ignore
+        changed.ignore.append("k_proj")
+        changed.targets.append("k_proj")
+        changed.layers["k_proj"] = changed.denser["4:8"] = 0.3
+        assert config.to_dict() == before
+    config.to_dict()["ignore"].append("k_proj")
+    assert config.to_dict() == before
+
+
+def test_configs_are_compared_by_all_that_they_say():
+    tokens = torch.arange(12).reshape(3, 4)
+    config = SparsityConfig(dataset=tokens, ignore=["q_proj"])
+    assert config == SparsityConfig(dataset=tokens.clone(), ignore=["q_proj"])
+    assert config == copy.copy(config) == copy.deepcopy(config)
+    for other in (
+        SparsityConfig(dataset=tokens + 1, ignore=["q_proj"]),
+        SparsityConfig(dataset=tokens, ignore=["k_proj"]),
+        SparsityConfig(dataset=["a text"], ignore=["q_proj"]),
+        SparsityConfig(dataset=tokens, ignore=["q_proj"], run_compressed=True),
+        config.to_dict(),
+        None,
+    ):
+        assert config != other
+
+
 # ---- storing
 
 names = st.sampled_from(["q_proj", "mlp", "model.layers.0", r"re:.*\.(up|gate)_proj", "lm_head"])

@@ -213,9 +213,10 @@ def load_model(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **loading)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # transformers has logged which
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        # transformers has logged which
         raise ValueError(f"the weights of {str(source)!r} do not fit its config.json: {error}") from error
     model, found = loaded
     missing = sorted(found["missing_keys"])

@@ -47,23 +47,41 @@ def install() -> None:
     auto.register_quantization_config(QUANT_METHOD)(SparsityConfig)
     auto.register_quantizer(QUANT_METHOD)(SparsityQuantizer)
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (SparsityConfig,)  # run_compressed= wins over the stored config
-    # The Auto classes pass on what they do not know.
-    PreTrainedModel.from_pretrained = classmethod(_taking_sparsity(PreTrainedModel.from_pretrained.__func__))
-    PreTrainedModel.save_pretrained = _saving_report(PreTrainedModel.save_pretrained)
-    PreTrainedModel.push_to_hub = _pushing_sparse(PreTrainedModel.push_to_hub)
+    wrappers = {  # the Auto classes pass on what they do not know
+        "from_pretrained": _taking_sparsity,
+        "save_pretrained": _saving_report,
+        "push_to_hub": _pushing_sparse,
+    }
+    for name, wrap in wrappers.items():
+        original = inspect.getattr_static(PreTrainedModel, name)
+        ours = classmethod(wrap(original.__func__)) if isinstance(original, classmethod) else wrap(original)
+        _methods[name] = original, ours
+        setattr(PreTrainedModel, name, ours)
+
+
+_methods: dict[str, tuple[Any, Any]] = {}  # of PreTrainedModel, by name: what `install` found, and what it put there
 
 
 def uninstall() -> None:
-    """Undo `install`."""
-    if auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None) is None:
+    """Undo `install`.
+
+    Raises:
+        RuntimeError: a method that `install` wrapped was replaced since, by another library.
+    """
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
-    auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD)
+    for name, (_, ours) in _methods.items():
+        if inspect.getattr_static(PreTrainedModel, name) is not ours:
+            raise RuntimeError(
+                f"PreTrainedModel.{name} was replaced by other code after optimum_sparse.install: undo that first."
+            )
+    for name, (original, _) in _methods.items():
+        setattr(PreTrainedModel, name, original)
+    del auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD]
+    del auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = tuple(
         kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind is not SparsityConfig
     )
-    PreTrainedModel.from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__.__wrapped__)
-    PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
-    PreTrainedModel.push_to_hub = PreTrainedModel.push_to_hub.__wrapped__
 
 
 def _taking_sparsity(original: Callable) -> Callable:

@@ -140,6 +140,8 @@ class SparsityQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             run_compressed = config.run_compressed
+            if run_compressed:
+                _check_in_memory(model, config)
             config, self.report = prune_model(model, config, tokenizer=self._tokenizer)
             self.quantization_config, self.pre_quantized = config, True
             if run_compressed:
@@ -381,6 +383,21 @@ def _would_join(conversion: Any, names: Iterable[str]) -> bool:
 
 def _is_ours(conversion: Any) -> bool:
     return any(isinstance(operation, Decompress) for operation in getattr(conversion, "operations", ()))
+
+
+def _check_in_memory(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Raise ValueError if `compress` would meet weights that are offloaded."""
+    offloaded = [
+        block.name
+        for block in make_plan(model, config).blocks
+        if block.linears and any(parameter.is_meta for parameter in block.module.parameters())
+    ]
+    if offloaded:
+        raise ValueError(
+            f"run_compressed=True compresses weights in memory, and those of {', '.join(offloaded[:4])} are "
+            "offloaded: prune without run_compressed=True and save the model; what was saved can be loaded compressed "
+            "and offloaded."
+        )
 
 
 def compress(model: PreTrainedModel, config: SparsityConfig) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from inspect import getattr_static
 
 import pytest
 import torch
@@ -156,8 +157,12 @@ def test_the_callers_config_is_not_changed(tiny_llama, sparse_checkpoints):
     AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config, run_compressed=True)
     assert config.to_dict() == before
     assert config.run_compressed is False
-    Pruner.from_pretrained(tiny_llama).prune(config)
+    model = Pruner.from_pretrained(tiny_llama).prune(config)
     assert config.to_dict() == before
+    config.ignore.append("q_proj")  # for the next model
+    config.layers["mlp"] = "dense"
+    assert model.config.quantization_config.ignore == before["ignore"]
+    assert model.config.quantization_config.layers == before["layers"]
 
 
 @pytest.mark.parametrize("owner", [AutoModelForCausalLM, LlamaForCausalLM, SparseModelForCausalLM])
@@ -649,6 +654,27 @@ def test_install_and_uninstall_can_be_repeated(tiny_llama, sparse_checkpoints):
     optimum_sparse.install()
     assert [type(part) for part in state()] == [type(part) for part in once]
     assert state()[2:] == once[2:]
+
+
+@pytest.mark.parametrize("name", ["from_pretrained", "save_pretrained", "push_to_hub"])
+def test_uninstall_leaves_the_wrappers_of_others(name, tiny_llama, monkeypatch):
+    ours = getattr_static(PreTrainedModel, name)
+
+    def wrapped(self, *args, **kwargs):
+        return getattr(ours, "__func__", ours)(self, *args, **kwargs)
+
+    theirs = classmethod(wrapped) if isinstance(ours, classmethod) else wrapped
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, name, theirs)
+        with pytest.raises(RuntimeError, match=rf"PreTrainedModel\.{name} was replaced by other code"):
+            optimum_sparse.uninstall()
+        assert getattr_static(PreTrainedModel, name) is theirs
+        config = make_config("magnitude")
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config)  # nothing was undone
+        assert_pattern(model.model.layers[0].mlp.up_proj.weight, "2:4")
+    optimum_sparse.uninstall()
+    assert getattr_static(PreTrainedModel, name) is not ours
+    optimum_sparse.install()
 
 
 def test_dense_models_load_and_save_as_before(tiny_llama, tmp_path):

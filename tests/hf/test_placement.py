@@ -16,6 +16,7 @@ from models import (
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse import Pruner
+from optimum_sparse.hf import quantizer
 from optimum_sparse.hf.placement import onload
 
 
@@ -124,6 +125,33 @@ def test_pruned_while_loaded_to_disk(method, pattern, dense, wanted, tmp_path):
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(wanted[method, pattern])))
     assert_saved_as(model, wanted[method, pattern], tmp_path)
     assert sha256(dense / "model.safetensors") == before
+
+
+def test_pruned_to_compressed_on_disk_is_refused_before_pruning(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizer, "prune_model", lambda *args, **kwargs: pytest.fail("pruning began"))
+    with pytest.raises(ValueError, match=r"run_compressed=True .* model\.layers\.0, model\.layers\.2 are offloaded"):
+        AutoModelForCausalLM.from_pretrained(
+            dense,
+            sparsity_config=make_config("magnitude"),
+            run_compressed=True,
+            device_map=layer_map({0, 2}),
+            offload_folder=tmp_path / "offload",
+        )
+
+
+def test_pruned_to_compressed_with_only_dense_weights_on_disk(dense, wanted, tmp_path):
+    """What is not compressed may be offloaded."""
+    model = AutoModelForCausalLM.from_pretrained(
+        dense,
+        sparsity_config=make_config("magnitude"),
+        run_compressed=True,
+        device_map=layer_map(set()) | {"lm_head": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert model.lm_head.weight.is_meta
+    pruned = AutoModelForCausalLM.from_pretrained(wanted["magnitude", "2:4"])
+    torch.testing.assert_close(logits(model), logits(pruned))
+    assert_saved_as(model, wanted["magnitude", "2:4"], tmp_path)
 
 
 @pytest.mark.parametrize("run_compressed", [False, True])

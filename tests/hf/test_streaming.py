@@ -370,6 +370,11 @@ def test_weights_of_another_shape_are_refused(source):
         Pruner.from_pretrained(source).prune(make_config("magnitude"))
 
 
+def test_what_a_device_raises_is_not_the_checkpoints_fault(source):
+    with pytest.raises(NotImplementedError, match="Vulkan"):  # a RuntimeError, as those of CUDA are
+        Pruner.from_pretrained(source, device_map="vulkan").prune(make_config("magnitude"))
+
+
 @pytest.mark.parametrize("size", ["big", "5G", "GB", 0, -1, None, 1.5])
 def test_what_is_no_size_is_refused_before_any_work(size, source, tmp_path):
     for model in (source, make_model("llama")):

@@ -44,6 +44,22 @@ def test_precision_is_given_back_after_an_error():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
+def test_full_fp32_is_full_on_every_device():
+    """Also for a caller of PyTorch's older switch, which raises if the two disagree afterwards."""
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    set_before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        before = [backend.fp32_precision for backend in backends]
+        with torch.autocast("cpu", torch.bfloat16), precision.full_fp32("cpu"):
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert [backend.fp32_precision for backend in backends] == before == ["bf16", "tf32"]
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(set_before)
+
+
 def test_overlapping_uses_leave_nothing_behind():
     """Of two threads, the one that began first ends first; inside, none gets less than it asked for."""
     matmul = torch.backends.mkldnn.matmul
