@@ -48,6 +48,7 @@ def plot_sweep(result: SweepResult, path: str | PathLike, metric: str | None = N
     values = [dense, *(point.measured[metric] for point in result.points)]
     if min(values) > 0 and max(values) > DECADE * min(values):
         _log(axes.yaxis, axes.set_yscale)
+    axes.xaxis.set_major_locator(_ticker().MaxNLocator(steps=[1, 2, 5, 10]))  # whole percents
     axes.xaxis.set_major_formatter(_ticker().PercentFormatter(1, decimals=0))
     axes.set_xlabel("weights removed from the decoder blocks' linear layers")
     axes.set_ylabel(NAMES.get(metric, metric.replace("_", " ")))
