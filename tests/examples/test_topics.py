@@ -60,3 +60,21 @@ def test_serve_writes_and_exports(sparse_checkpoints, tmp_path, tokenizer, capsy
     assert f"vllm serve {tmp_path / 'dense'}" in printed
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     assert_pruned(tmp_path / "dense")
+
+
+def test_evaluate_and_choose(tiny_llama, text, tmp_path, monkeypatch, capsys):
+    example = load_example("evaluate_and_choose")
+    arguments = str(tiny_llama), str(text), str(text), str(tmp_path / "out"), 4, 32
+    monkeypatch.setattr(example, "ACCEPTED", 0.1)
+    with pytest.raises(SystemExit, match="no point stays below"):
+        example.main(*arguments)
+    measured = (tmp_path / "out" / "sweep.json").read_text()
+    monkeypatch.setattr(example, "ACCEPTED", 10.0)
+    example.main(*arguments)
+    printed = capsys.readouterr()
+    assert (tmp_path / "out" / "sweep.json").read_text() == measured, "nothing is measured again"
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
+    chosen = printed.out.split("chosen: ")[1].split(", ")[1].split("\n")[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sparse")
+    zeros = [float((linear.weight == 0).float().mean()) for linear in linears_of(model.model.layers).values()]
+    assert sum(zeros) / len(zeros) == pytest.approx(0.5, abs=0.01), chosen
