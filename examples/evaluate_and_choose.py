@@ -36,7 +36,7 @@ def main(model: str, text: str, test: str, output: str, samples: int = 128, toke
     good = [point for point in result.points if point.measured["perplexity"] <= most]
     if not good:
         raise SystemExit(f"no point stays below a perplexity of {most:.4g}: try lower sparsities, or recipe('fast').")
-    best = max(good, key=lambda point: (point.sparsity, -point.measured["perplexity"]))
+    best = max(good, key=lambda point: (round(point.sparsity, 3), -point.measured["perplexity"]))
     print(f"chosen: {best.label}, {best.pattern}")
     pruned = Pruner.from_pretrained(loaded, tokenizer=tokenizer).prune(SparsityConfig.from_dict(best.recipe))
     pruned.save_pretrained(Path(output) / "sparse")
