@@ -382,6 +382,7 @@ def _add_sweep(commands: Any) -> None:
     recipe.add_argument(
         "--methods",
         nargs="+",
+        action=_Several,
         default=["magnitude", "wanda", "sparsegpt"],
         metavar="NAME",
         help=f"methods ({', '.join(METHODS)}) and recipes ({', '.join(RECIPES)}), as `prune` takes them "
@@ -391,11 +392,33 @@ def _add_sweep(commands: Any) -> None:
     parser.set_defaults(run_sparse=_sweep)
 
 
+class _Several(argparse.Action):
+    """Values with spaces or commas between them."""
+
+    def __init__(self, *args: Any, of: Callable[[str], Any] = str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._of = of
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        parts = [part for value in values for part in value.split(",") if part]
+        try:
+            setattr(namespace, self.dest, [self._of(part) for part in parts])
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+
+
 def _add_points(parser: argparse.ArgumentParser, recipe: Any, sparsities: str) -> Any:
     """What every command that prunes one model in several ways takes: how, and what to measure."""
-    recipe.add_argument("--sparsities", nargs="+", type=float, metavar="SHARE", help=f"unstructured [{sparsities}]")
     recipe.add_argument(
-        "--patterns", nargs="+", default=[], metavar="N:M", help="N kept of every M: 2:4, 4:8, 16:32 [none]"
+        "--sparsities", nargs="+", action=_Several, of=float, metavar="SHARE", help=f"unstructured [{sparsities}]"
+    )
+    recipe.add_argument(
+        "--patterns",
+        nargs="+",
+        action=_Several,
+        default=[],
+        metavar="N:M",
+        help="N kept of every M: 2:4, 4:8, 16:32 [none]",
     )
     _add_recipe(parser, recipe)
     _add_loading(parser)

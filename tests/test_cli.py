@@ -204,8 +204,11 @@ def test_sweep_writes_every_point_and_repeats_none(tiny_llama, text, tmp_path, c
         assert {"sweep.png", "sweep-words.png"} <= {path.name for path in tmp_path.iterdir()}
     first = (tmp_path / "sweep.json").read_bytes()
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 6
-    assert main(command) == 0
+    assert main([*command, "--methods", "magnitude,fast", "--patterns=2:4,", "--sparsities", "0.50"]) == 0
     assert (tmp_path / "sweep.json").read_bytes() == first
+    with pytest.raises(SystemExit):
+        main([*command, "--sparsities", "0.5,half"])
+    assert "--sparsities: could not convert string to float: 'half'" in capsys.readouterr().err
     assert main([*command, "--max-windows", "2"]) == 1
     assert "settings.max_windows was None and is 2" in capsys.readouterr().err
 

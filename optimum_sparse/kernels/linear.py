@@ -304,15 +304,15 @@ def linear(x: Tensor, *args: Any) -> Tensor:
         return reference(x, *args)
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
         return _linear(x, *args)
-    if _is_seen_by_nobody(x, args[0]):
+    if _needs_no_dispatcher(x, args[0]):
         return _linear_cuda(x, *args)
     return _linear_without_gradients(x, *args)
 
 
-def _is_seen_by_nobody(x: Tensor, weight: Tensor) -> bool:
-    """Whether x is on a GPU and PyTorch's dispatcher has nothing to do but to call the kernel: no torch.compile, mode,
-    transform, subclass or profiler. A token of a small model waits for the CPU, for which the dispatcher is as much
-    work as the launch."""
+def _needs_no_dispatcher(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is on a GPU, and none of what a dispatcher is for is there: torch.compile, modes, transforms,
+    subclasses, profilers. A token of a small model waits for the CPU, for which the dispatcher is as much work as the
+    launch."""
     return (
         type(x) is Tensor
         and type(weight) in (Tensor, Parameter)

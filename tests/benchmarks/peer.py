@@ -13,17 +13,15 @@ blocks: the same measure for both, on ground that neither was fitted to.
 """
 
 import argparse
-import gc
 import importlib.metadata
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 import transformers
-from prune import add_sizes, random_batches, random_llama
+from prune import add_sizes, measured, random_batches, random_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -62,10 +60,10 @@ def main() -> None:
     for method in args.methods:
         per_block = 0.0
         for name, run in {"ours": ours, peer: theirs}.items():
-            measured(run, random_llama(args, 1), method, args, args.batch)  # kernels compiled, libraries loaded
-            one, _ = measured(run, random_llama(args, 1), method, args, args.samples)
+            timed(run, random_llama(args, 1), method, args, args.batch)  # kernels compiled, libraries loaded
+            one, _ = timed(run, random_llama(args, 1), method, args, args.samples)
             model = random_llama(args, args.blocks)
-            whole, memory = measured(run, model, method, args, args.samples)
+            whole, memory = timed(run, model, method, args, args.samples)
             before, per_block = per_block, (whole - one) / (args.blocks - 1)
             ratio = f"{per_block / before:.1f}" if before else "1"
             gigabytes = f"{memory / 1e9:.1f}" if args.device.type == "cuda" else "-"
@@ -113,25 +111,9 @@ def theirs(model: PreTrainedModel, method: str, data: DataLoader, args: argparse
         )
 
 
-def measured(
-    run: Run, model: PreTrainedModel, method: str, args: argparse.Namespace, samples: int
-) -> tuple[float, int]:
-    """Seconds, and bytes of the device beyond what the model takes at their peak."""
+def timed(run: Run, model: PreTrainedModel, method: str, args: argparse.Namespace, samples: int) -> tuple[float, int]:
     data = random_batches(args, model, samples)
-    cuda = args.device.type == "cuda"
-    gc.collect()
-    before = 0
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-    started = time.perf_counter()
-    run(model, method, data, args)
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return seconds, torch.cuda.max_memory_allocated() - before if cuda else 0
+    return measured(lambda: run(model, method, data, args), args)
 
 
 @torch.no_grad()

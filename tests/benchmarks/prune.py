@@ -12,6 +12,7 @@ run starts from a new model. On CUDA each is made once before on a model of one 
 import argparse
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -95,11 +96,9 @@ def random_batches(args: argparse.Namespace, model: PreTrainedModel, samples: in
     return DataLoader([{"input_ids": part} for part in ids.split(args.batch)], batch_size=None)
 
 
-def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern: str, samples: int) -> str:
-    """One row of the table."""
+def measured(run: Callable[[], object], args: argparse.Namespace) -> tuple[float, int]:
+    """Seconds, and bytes of the device beyond what was taken before at their peak."""
     cuda = args.device.type == "cuda"
-    config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
-    data = random_batches(args, model, samples)
     gc.collect()
     before = 0
     if cuda:
@@ -107,14 +106,22 @@ def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-    pruner = Pruner(model)
     started = time.perf_counter()
-    pruner.prune(config, dataset=data)
+    run()
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
+    return seconds, torch.cuda.max_memory_allocated() - before if cuda else 0
+
+
+def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern: str, samples: int) -> str:
+    """One row of the table."""
+    config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
+    data = random_batches(args, model, samples)
+    pruner = Pruner(model)
+    seconds, peak = measured(lambda: pruner.prune(config, dataset=data), args)
     phases = ", ".join(f"{name} {taken:.1f}" for name, taken in pruner.report.seconds.items())
-    memory = f"{(torch.cuda.max_memory_allocated() - before) / 1e9:.1f}" if cuda else "-"
+    memory = f"{peak / 1e9:.1f}" if args.device.type == "cuda" else "-"
     return f"| {method} | {pattern} | {seconds:.1f} | {phases} | {memory} |"
 
 
