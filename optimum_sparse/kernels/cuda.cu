@@ -1,30 +1,28 @@
 // y = x W^T for few tokens, straight from a compressed W: kept values in column order, and one bit per weight.
 //
 // Decoding waits for memory, and W has about 0.56 of its dense bytes: what keeps up with memory is free, and that is
-// some twenty instructions for each kept weight. A mask word stands for 32 columns of a row. Its highest bit is the
-// column of its last value; take both away, and the same holds for what is left. That walk brings values and columns
-// together, in one of two ways; 2:4 needs no walk:
+// some ten instructions for each kept weight. A mask word stands for 32 columns of a row. Its highest bit is the column
+// of its last value; take both away, and the same holds for what is left. That walk brings values and columns together,
+// in one of two ways; 2:4 needs no walk, for two values in four columns have six arrangements, and these a table:
 //
-//   gather          1 to 4 tokens. A lane holds a word and its values, and reads x at the columns it meets.
-//   multiply        more tokens. The values are written to their columns in a tile of shared memory that is then dense,
-//                   and tensor cores multiply.
-//   multiply_pairs  2:4, more tokens. Two values in four columns have six arrangements: byte permutes from a table.
-//   stream          more tokens yet, on Hopper: some warps fill tiles, others multiply them, and all steps of the whole
-//                   product are shared out evenly.
-//   expand          writes the dense W.
+//   gather    few tokens. A lane holds a word and its values, and reads x at the columns it meets.
+//   multiply  more tokens. The values are written to their columns in a tile of shared memory that is then dense, and
+//             tensor cores multiply.
+//   stream    more tokens yet, on Hopper: some warps fill tiles, others multiply them, and all steps of the whole
+//             product are shared out evenly.
+//   expand    writes the dense W.
 //
-// The layout is that of formats/slots.py: SLOTS values per word, the last ones of the word, after zeros if it has
-// fewer. What a word has more goes to a list: OVERFLOW. For 4:8, 8:16 and the like that is the disk format, for nothing
-// is left over. Whatever bits and columns a damaged W holds, kernels touch no memory but its own; `starts` are made by
-// this package, and trusted.
+// The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list, tile by tile:
+// OVERFLOW. For 4:8, 8:16 and the like that is the disk format, for nothing is left over. Whatever bits and columns a
+// damaged W holds, kernels touch no memory but its own; `starts` are made by this package, and trusted.
 
 #include <device.cuh>
 
 struct Matrix {
   const u16* values;    // [rows, columns / 32, SLOTS]
   const u32* mask;      // [rows, columns / 32]
-  const u32* overflow;  // column << 16 | value, by row and column; their value bits are those that its word has too many
-  const int* starts;    // [rows * steps + 1]: where the overflow of each 1,024 columns of a row begins
+  const u32* overflow;  // row % 8 << 23 | column % 128 << 16 | value, tile by tile
+  const int* starts;    // [tiles + 1]: where the overflow of each begins
   int rows, columns;
 };
 
@@ -41,123 +39,9 @@ struct Call {
   int each, rest;  // steps of a block: the first `rest` blocks have one more
 };
 
-constexpr int STEP = 32;  // words, one per lane: 1,024 columns that a warp takes at a time
-
-// ---- a word of each lane, and the overflow of all of them
-
-template <int SLOTS, bool OVERFLOW>
-struct Words {
-  u32 bits;
-  u32 values[SLOTS / 2];
-  int begin, count;  // overflow of the step
-  u32 extra[2];      // the first two of a lane: there are rarely more than 64 in a step
-  int ahead[2];      // where the overflow of the step after begins and ends
-
-  // Asks where the overflow of a step is: `fetch` of that step comes next, and must not wait for it.
-  __device__ __forceinline__ void seek(const Matrix& w, int row, int step) {
-    if constexpr (OVERFLOW) {
-      const int steps = (w.columns / 32 + STEP - 1) / STEP;
-      ahead[0] = ahead[1] = 0;
-      if (row >= w.rows || step >= steps) return;
-      ahead[0] = __ldg(w.starts + (i64)row * steps + step);
-      ahead[1] = __ldg(w.starts + (i64)row * steps + step + 1);
-    }
-  }
-
-  // The word at these addresses, or nothing.
-  __device__ __forceinline__ void load(const u32* mask, const u16* here, bool there) {
-    bits = 0;
-#pragma unroll
-    for (int i = 0; i < SLOTS / 2; i++) values[i] = 0;
-    if (there) {
-      bits = load_once(mask);
-      if (SLOTS % 8 == 0) {
-#pragma unroll
-        for (int i = 0; i < SLOTS / 8; i++) {
-          const uint4 four = load_once((const uint4*)here + i);
-          values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < SLOTS / 4; i++) {
-          const uint2 two = load_once((const uint2*)here + i);
-          values[2 * i] = two.x, values[2 * i + 1] = two.y;
-        }
-      }
-    }
-  }
-
-  // Word `at` of a row; nothing beyond the ends.
-  __device__ __forceinline__ void load(const Matrix& w, int row, int at) {
-    const i64 index = (i64)row * (w.columns / 32) + at;
-    load(w.mask + index, w.values + SLOTS * index, row < w.rows && at < w.columns / 32);
-  }
-
-  // Four words of each of eight rows, one for each lane of a warp, through shared memory: any number of them may be on
-  // their way, where to wait for one load to a register is to wait for all. Lanes ask for whole rows together, for what
-  // they ask for one by one comes in sectors of 32 bytes, the same ones again and again.
-  static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE, ROW = 8 * SLOTS + 16;  // bytes; of a row
-  static constexpr int ROOM = 8 * ROW + 4 * LANES;
-  static __device__ __forceinline__ void ask(u32 room, const Matrix& w, int row, int at, int lane) {
-    const int words = w.columns / 32;
-#pragma unroll
-    for (int i = 0; i < PIECES / 4; i++) {
-      const int r = (LANES * i + lane) / PIECES, piece = (LANES * i + lane) % PIECES;
-      const u16* from = w.values + ((i64)(row + r) * words + at) * SLOTS + PIECE / 2 * piece;
-      copy<PIECE>(room + ROW * r + PIECE * piece, from, row + r < w.rows && at + piece * 4 / PIECES < words);
-    }
-    const int r = row + lane / 4, mine = at + lane % 4;
-    copy<4>(room + 8 * ROW + 4 * lane, w.mask + (i64)r * words + mine, r < w.rows && mine < words);
-  }
-  __device__ __forceinline__ void take(u32 room, int lane) {
-    bits = load4(room + 8 * ROW + 4 * lane);
-#pragma unroll
-    for (int i = 0; i < PIECES / 4; i++) {
-      const u32 at = room + lane / 4 * ROW + lane % 4 * 2 * SLOTS + PIECE * i;
-      if constexpr (PIECE == 16) {
-        const uint4 four = load16(at);
-        values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
-      } else {
-        const uint2 two = load8(at);
-        values[2 * i] = two.x, values[2 * i + 1] = two.y;
-      }
-    }
-  }
-
-  // This lane's word of a step, and what falls to it of the step's overflow.
-  __device__ __forceinline__ void fetch(const Matrix& w, int row, int step, int lane) {
-    load(w, row, step * STEP + lane);
-    if constexpr (OVERFLOW) {
-      begin = ahead[0], count = ahead[1] - begin;
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (lane + LANES * i < count) extra[i] = load_once(w.overflow + begin + lane + LANES * i);
-    }
-  }
-
-  template <class F>  // f(index of a value, zeros above its column's bit), and -1 with the index of a zero
-  __device__ __forceinline__ void walk(F f) const {
-    u32 left = bits;
-#pragma unroll
-    for (int i = SLOTS - 1; i >= 0; i--) {
-      const int zeros = leading_zeros(left);
-      left ^= bit_after(zeros);
-      f(i, zeros);
-    }
-  }
-
-  template <class F>  // f(entry) for the overflow that falls to this lane
-  __device__ __forceinline__ void walk_overflow(const Matrix& w, int lane, F f) const {
-    if constexpr (OVERFLOW) {
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (lane + LANES * i < count) f(extra[i]);
-      for (int i = lane + 2 * LANES; i < count; i += LANES) f(load_once(w.overflow + begin + i));
-    }
-  }
-};
-
 // ---- gather
+
+constexpr int STEP = 32;  // words of a row, one per lane, that a warp takes at a time: 1,024 columns
 
 // x in shared memory as `gather` reads it: of 1,024 columns at a time, STEP_ROW numbers for each column of a word, one of
 // each word. So a lane, whose words are the same of every step, reads from a bank of its own, whatever its columns are.
@@ -219,285 +103,366 @@ __device__ __forceinline__ void add(float value, const u32* here, float* sum) {
   }
 }
 
-// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
-template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
+template <int SLOTS>
+__device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16* from, bool there) {
+#pragma unroll
+  for (int i = 0; i < SLOTS / 2; i++) values[i] = 0;
+  if (!there) return;
+  if constexpr (SLOTS % 8 == 0) {
+#pragma unroll
+    for (int i = 0; i < SLOTS / 8; i++) {
+      const uint4 four = load_once((const uint4*)from + i);
+      values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < SLOTS / 4; i++) {
+      const uint2 two = load_once((const uint2*)from + i);
+      values[2 * i] = two.x, values[2 * i + 1] = two.y;
+    }
+  }
+}
+
+// A block has some rows, and each of its warps as many steps of these as the others: a warp may begin and end within a
+// row. The next step is on its way meanwhile.
+template <bool BF16, int TOKENS, int SLOTS>
 __global__ void __launch_bounds__(512) gather(const Call call) {
   SHARED(memory);
   constexpr int EACH = TOKENS == 4 ? 2 : 1;
-  u32* staged = (u32*)memory;
   const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warps = gridDim.x * (blockDim.x / LANES);
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
   const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
-  int row = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES, step = 0;
-  Words<SLOTS, OVERFLOW> next;
+  const int first = (i64)w.rows * blockIdx.x / gridDim.x, last = (i64)w.rows * (blockIdx.x + 1) / gridDim.x;
+  auto begin = [&](int warp) { return (int)((i64)(last - first) * steps * warp / warps); };
+  u32* staged = (u32*)memory;
+  float* parts = (float*)(staged + EACH * steps * STAGED);  // [warp][TOKENS], of a row that the warp did not begin
+  int left = begin(warp + 1) - begin(warp), row = first + begin(warp) / steps, step = begin(warp) % steps;
+  int ahead = left;
+
+  u32 bits, values[SLOTS / 2];  // of the next step
+  int next_row = row, next_step = step;
   auto fetch = [&] {
-    next.fetch(w, row, step, lane);
-    if (step + 1 < steps) next.seek(w, row, step + 1);
-    else next.seek(w, row + warps, 0);
+    const int at = next_step * STEP + lane;
+    const bool there = ahead-- > 0 && at < words;
+    const i64 index = (i64)next_row * words + at;
+    bits = there ? load_once(w.mask + index) : 0;
+    load_values<SLOTS>(values, w.values + SLOTS * index, there);
+    if (++next_step == steps) next_step = 0, next_row++;
   };
-  next.seek(w, row, step);
   fetch();  // before x is staged: the first weights take longest
   spread_x<BF16, TOKENS>(call, staged);
   __syncthreads();
 
   float sum[TOKENS] = {};
-  while (row < w.rows) {
-    const Words<SLOTS, OVERFLOW> now = next;
-    const int here = row, at = step * STEP + lane;
-    if (++step == steps) step = 0, row += warps;
+  auto finish = [&](int row) {
+    if (lane) return;
+    const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++)
+      if (token < call.tokens) call.y[(i64)token * w.rows + row] = rounded<BF16>(sum[token] + bias);
+  };
+  bool begun = step == 0;  // by this warp
+  for (; left; left--) {
+    u32 bits_now = bits, now[SLOTS / 2];
+#pragma unroll
+    for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
+    const u32* x = staged + EACH * place(step * STEP + lane, 0);
     fetch();
-
-    if (at < words) {
-      const u32* x = staged + EACH * place(at, 0);
-      now.walk([&](int i, int zeros) {
-        const float value = i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]);
-        add<BF16, TOKENS>(value, x + EACH * STEP_ROW * zeros, sum);
-      });
-    }
-    now.walk_overflow(w, lane, [&](u32 entry) {
-      const int column = entry >> 16;
-      if (column < w.columns)
-        add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * place(column / 32, 31 - column % 32), sum);
-    });
-    if (step) continue;
-    const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
 #pragma unroll
-    for (int token = 0; token < TOKENS; token++) {
-      sum[token] = add_up(sum[token]);
-      if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
-      sum[token] = 0;
+    for (int i = SLOTS - 1; i >= 0; i--) {
+      const int zeros = leading_zeros(bits_now);
+      bits_now ^= bit_after(zeros);
+      const float value = i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]);
+      add<BF16, TOKENS>(value, x + EACH * STEP_ROW * zeros, sum);
     }
+    const bool whole = ++step == steps;
+    if (!whole && left > 1) continue;
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) sum[token] = add_up(sum[token]);
+    if (begun && !whole) break;  // others have the rest of the row
+    if (begun) finish(row);
+    else if (lane == 0)
+      for (int token = 0; token < TOKENS; token++) parts[warp * TOKENS + token] = sum[token];
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) sum[token] = 0;
+    begun = whole, step = 0, row++;
   }
-}
-
-// ---- tensor cores
-
-constexpr int WARPS = 8;  // of a block, which share out the columns: 128 for each at a time
-
-// A lane's number is 4 r + q. Of the 128 columns that its warp multiplies at a time it has word q: of rows r and r + 8 of W
-// and of token r. Sums do not care in which order columns come, so long as it is the same order for both.
-
-// The sums of all warps meet in shared memory, [warp][token][row].
-template <bool BF16, int ROW_TILES, int TOKEN_TILES>
-__device__ __forceinline__ void finish(const Call& call, float (&sum)[ROW_TILES][TOKEN_TILES][4], float* sums) {
-  constexpr int ROWS = 16 * ROW_TILES, SUMS = 8 * TOKEN_TILES * ROWS;
-  const int warp = threadIdx.x / LANES, r = threadIdx.x % LANES / 4, token = threadIdx.x % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-    for (int k = 0; k < TOKEN_TILES; k++)
-#pragma unroll
-      for (int j = 0; j < 4; j++)
-        sums[warp * SUMS + (8 * k + token + j % 2) * ROWS + 16 * i + r + j / 2 * 8] = sum[i][k][j];
   __syncthreads();
-  for (int i = threadIdx.x; i < SUMS; i += WARPS * LANES) {
-    const int row = blockIdx.x * ROWS + i % ROWS, token = blockIdx.y * 8 * TOKEN_TILES + i / ROWS;
-    if (row >= call.w.rows || token >= call.tokens) continue;
-    float total = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+  if (!left || !begun) return;
+  const int end = (row - first + 1) * steps;
+  for (int other = warp + 1; other < warps && begin(other) < end; other++)
 #pragma unroll
-    for (int part = 0; part < WARPS; part++) total += sums[part * SUMS + i];
-    call.y[(i64)token * call.w.rows + row] = rounded<BF16>(total);
-  }
+    for (int token = 0; token < TOKENS; token++)
+      if (begin(other) < begin(other + 1)) sum[token] += parts[other * TOKENS + token];
+  finish(row);
 }
 
-constexpr int X_ROW = 256 + 64;  // bytes of a token's 128 columns, and a gap that spreads tokens over banks
+// ---- tiles of W: 8 rows of 128 columns. A lane has one word of each: word lane % 4 of row lane / 4.
 
-// A warp starts to copy 128 columns of 8 * TOKEN_TILES tokens to shared memory; zeros beyond the last column. Pieces of 16
-// bytes change places within a word, so that the lanes of a token read from different banks.
-template <int TOKEN_TILES>
-__device__ __forceinline__ void stage_x(const Call& call, int first_token, int column, u32 to, int lane) {
-  const int piece = lane % 16, word = piece / 4, here = column + 8 * piece;
-#pragma unroll
-  for (int i = 0; i < 4 * TOKEN_TILES; i++) {
-    const int row = 2 * i + lane / 16, token = first_token + row;
-    const u32 at = to + row * X_ROW + word * 64 + (piece % 4 ^ word) * 16;
-    if (here >= call.w.columns) store16(at, make_uint4(0, 0, 0, 0));
-    else if (token < call.tokens) copy<16>(at, call.x + (i64)token * call.w.columns + here);
-  }
-  commit_copies();
+constexpr int ROWS = 8, SPAN = 128;
+constexpr int BLOCK = 128, TILE = 16 * BLOCK;  // bytes
+
+// The tiles of a matrix go along its rows; this is where the overflow of one begins, and the one after it there.
+__device__ __forceinline__ const int* starts_of(const Matrix& w, int group, int span) {
+  return w.starts + (i64)group * ((w.columns + SPAN - 1) / SPAN) + span;
 }
 
-// Adds columns 8 j to 8 j + 7 of the lane's words to the sums of all tokens. a: [tile][row r, r + 8][columns 8 j and
-// 8 j + 1, ...].
-template <bool BF16, int ROW_TILES, int TOKEN_TILES>
-__device__ __forceinline__ void add_columns(float (&sum)[ROW_TILES][TOKEN_TILES][4], const u32 (&a)[ROW_TILES][2][4],
-                                            u32 x, int j, int r, int q) {
+template <int SLOTS, bool OVERFLOW>
+struct Words {
+  u32 bits, values[SLOTS / 2];
+  int begin, count;  // the tile's overflow
+  u32 extra[2];      // and what the lane has of its first 64
+
+  // Tiles come through shared memory, past the registers: any number of them may be on their way, where to wait for one
+  // load to a register is to wait for all. Lanes ask for whole rows together, for what they ask for one by one comes in
+  // sectors of 32 bytes, the same ones again and again.
+  static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE, ROW = 8 * SLOTS + 16;  // bytes; of a row
+  static constexpr int MASK = ROWS * ROW, EXTRA = MASK + 4 * LANES, RANGE = EXTRA + 8 * LANES;
+  static constexpr int ROOM = OVERFLOW ? RANGE + 16 : EXTRA;
+
+  // What a lane copies of a tile: how many bytes after the tile's first it is. That is the same for all, and to work it
+  // out each time takes longer than to multiply.
+  struct Pieces {
+    u32 from[PIECES / 4], mask;
+    __device__ __forceinline__ Pieces(const Matrix& w, int lane) {
+      const u32 words = w.columns / 32;
 #pragma unroll
-  for (int k = 0; k < TOKEN_TILES; k++) {
-    const uint4 b = load16(x + (8 * k + r) * X_ROW + q * 64 + (j ^ q) * 16);
+      for (int i = 0; i < PIECES / 4; i++) {
+        const int piece = LANES * i + lane;
+        from[i] = piece / PIECES * words * (2 * SLOTS) + piece % PIECES * PIECE;
+      }
+      mask = (lane / 4 * words + lane % 4) * 4;
+    }
+  };
+
+  // `rows` are there; columns beyond the end and missing rows are zeros.
+  static __device__ __forceinline__ void ask(u32 room, const Matrix& w, const Pieces& mine, int group, int span, int rows,
+                                             int begin, int end) {
+    const int lane = threadIdx.x % LANES, words = w.columns / 32, columns = words - 4 * span;  // words that are there
+    const i64 index = (i64)(ROWS * group) * words + 4 * span;
+    const char* values = (const char*)(w.values + SLOTS * index);
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++) {
-      mma<BF16>(sum[i][k], a[i][0][0], a[i][1][0], a[i][0][1], a[i][1][1], b.x, b.y);
-      mma<BF16>(sum[i][k], a[i][0][2], a[i][1][2], a[i][0][3], a[i][1][3], b.z, b.w);
+    for (int i = 0; i < PIECES / 4; i++) {
+      const int r = (LANES * i + lane) / PIECES, piece = (LANES * i + lane) % PIECES;
+      copy<PIECE>(room + ROW * r + PIECE * piece, values + mine.from[i], r < rows && piece * 4 / PIECES < columns);
+    }
+    copy<4>(room + MASK + 4 * lane, (const char*)(w.mask + index) + mine.mask, lane / 4 < rows && lane % 4 < columns);
+    if constexpr (OVERFLOW) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (begin + LANES * i + lane < end)
+          copy<4>(room + EXTRA + 4 * (LANES * i + lane), w.overflow + begin + LANES * i + lane);
+      if (lane == 0) store8(room + RANGE, begin, end - begin);
     }
   }
+  __device__ __forceinline__ void take(u32 room) {
+    const int lane = threadIdx.x % LANES;
+    bits = load4(room + MASK + 4 * lane);
+#pragma unroll
+    for (int i = 0; i < PIECES / 4; i++) {
+      const u32 at = room + lane / 4 * ROW + lane % 4 * 2 * SLOTS + PIECE * i;
+      if constexpr (PIECE == 16) {
+        const uint4 four = load16(at);
+        values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
+      } else {
+        const uint2 two = load8(at);
+        values[2 * i] = two.x, values[2 * i + 1] = two.y;
+      }
+    }
+    if constexpr (OVERFLOW) {
+      const uint2 range = load8(room + RANGE);
+      begin = range.x, count = range.y;
+#pragma unroll
+      for (int i = 0; i < 2; i++) extra[i] = load4(room + EXTRA + 4 * (LANES * i + lane));
+    }
+  }
+};
+
+// A dense tile in shared memory: columns 2 j and 2 j + 1 of a lane's word at BLOCK * j + 4 * lane. So each lane has a bank
+// of its own, and no walk gets into another's way.
+__device__ __forceinline__ u32 inside(int column) { return column * 66 & 0x782; }  // of a lane's; any number is safe
+
+// A warp writes its words of N tiles, dense, to `tiles`, whose addresses TILE divides. What a word has at its ends is walked
+// from both, which are two chains of instructions then that do not wait for each other. Where no bit is left, `inside` of
+// what is found is column 0 or 31, and the value is what belongs there: see formats/slots.py.
+template <int N, int SLOTS, bool OVERFLOW>
+__device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const u32 (&tiles)[N]) {
+  const int lane = threadIdx.x % LANES;
+  u32 down[N], up[N], own[N];
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) store16((tiles[k] | 16 * lane) + 512 * j, make_uint4(0, 0, 0, 0));
+    down[k] = words[k].bits, up[k] = reversed(down[k]), own[k] = tiles[k] | 4 * lane;
+  }
+  __syncwarp();
+  auto half = [&](u32 pair, int i) { return i % 2 ? pair >> 16 : pair; };
+#pragma unroll
+  for (int n = 0; n < SLOTS / 2; n++)
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      const int last = highest_bit(down[k]), first = highest_bit(up[k]), m = SLOTS - 1 - n;
+      down[k] -= bit(last), up[k] -= bit(first);
+      store2(own[k] | inside(last), half(words[k].values[m / 2], m));
+      store2(own[k] | inside(31 - first), half(words[k].values[n / 2], n));
+    }
+  if constexpr (OVERFLOW) {  // whose words these are does not matter
+    auto put = [&](u32 tile, u32 entry) { store2(tile | entry >> 19 & 0x7c | inside(entry >> 16 & 31), entry); };
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (LANES * i + lane < words[k].count) put(tiles[k], words[k].extra[i]);
+      for (int i = 2 * LANES + lane; i < words[k].count; i += LANES)
+        put(tiles[k], load_once(w.overflow + words[k].begin + i));
+    }
+    __syncwarp();
+  }
+}
+
+// Two values in four columns have six arrangements. A table of 16 at an address that 128 divides has, for the bits of four
+// columns, what `permute` needs to bring their two values to the first two columns, and to the other two.
+__device__ __forceinline__ void write_selectors(u32 table) {
+  if (threadIdx.x >= 16) return;
+  const u32 first = threadIdx.x & 3, rest = threadIdx.x >> 2;
+  store8(table + 8 * threadIdx.x, first == 0 ? 0x4444 : first == 1 ? 0x4410 : first == 2 ? 0x1044 : 0x3210,
+         rest == 0 ? 0x4444 : rest == 1 ? 0x4432 : rest == 2 ? 0x3244 : 0x3210);
+}
+// Columns 4 i to 4 i + 3 of a word of 2:4, as two pairs.
+__device__ __forceinline__ uint2 four_columns(const Words<16, false>& word, int i, u32 table) {
+  const uint2 how = load8(table | (i ? word.bits >> (4 * i - 3) : word.bits << 3) & 120);
+  uint2 pairs;
+  pairs.x = permute(word.values[i], 0, how.x), pairs.y = permute(word.values[i], 0, how.y);
+  return pairs;
 }
 
 // ---- multiply
 
-// How a warp's 1,024 columns of a row lie in shared memory once they are dense.
-struct Banks {  // every word in a bank of its own, two columns above each other: no walk gets into another's way
-  static constexpr int ROW = 64 * STEP + 16;  // bytes, and the gap that keeps rows off each other's banks
-  static __device__ __forceinline__ u32 at(u32 row, int word, int zeros) {
-    return row + 4 * word + 31 * 64 - 62 - 64 * zeros + 62 * (zeros & 1);
-  }
-  static __device__ __forceinline__ void clear(u32 row, int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) store16(row + 512 * i + 16 * lane, make_uint4(0, 0, 0, 0));
-    __syncwarp();
-  }
-};
-struct Strips {  // in order, with a gap after every word
-  static constexpr int WORD = 72, ROW = WORD * STEP;
-  static __device__ __forceinline__ u32 at(u32 row, int word, int zeros) { return row + WORD * word + 62 - 2 * zeros; }
-  static __device__ __forceinline__ void clear(u32 row, int lane) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) store8(row + WORD * lane + 8 * i, 0, 0);
-  }
-};
-
-// A warp writes its words to a row of a tile, dense.
-template <class Layout, int SLOTS, bool OVERFLOW>
-__device__ __forceinline__ void write(const Words<SLOTS, OVERFLOW>& words, const Matrix& w, int step, u32 row, int lane) {
-  Layout::clear(row, lane);
-  words.walk([&](int i, int zeros) {
-    if (zeros >= 0) store2(Layout::at(row, lane, zeros), i % 2 ? words.values[i / 2] >> 16 : words.values[i / 2]);
-  });
-  if (!OVERFLOW) return;
-  __syncwarp();
-  words.walk_overflow(w, lane, [&](u32 entry) {
-    const u32 column = (entry >> 16) - 32 * STEP * step;
-    if (column < 32 * STEP) store2(Layout::at(row, column / 32, 31 - column % 32), entry);
-  });
-}
-
-// A block makes 16 * ROW_TILES columns of y for 8 * TOKEN_TILES tokens: its warps write a tile of 1,024 columns, each 2 *
-// ROW_TILES rows of it, and multiply it, each 128 columns of it.
-template <bool BF16, int SLOTS, bool OVERFLOW, int ROW_TILES, int TOKEN_TILES>
-__global__ void __launch_bounds__(WARPS * LANES, ROW_TILES * TOKEN_TILES == 1 ? 3 : 1) multiply(const Call call) {
+// A block has some rows, 8 at a time, and its warps share out the columns. A warp keeps 128 columns of x in registers, and
+// takes those of two tiles at a time, which are 16 rows, through up to PASS groups of rows. What bounds this kernel is the
+// number of its instructions.
+template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int TOKEN_TILES>
+__global__ void __launch_bounds__(512) multiply(const Call call) {
   SHARED(memory);
-  constexpr int MINE = 2 * ROW_TILES, TILE = 16 * Banks::ROW;
+  constexpr int UNITS = 4, PASS = 2 * UNITS, AHEAD = 2;  // of two tiles; groups; units that are on their way
+  typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
-  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
-  const int first = blockIdx.x * 16 * ROW_TILES + warp, first_token = blockIdx.y * 8 * TOKEN_TILES;
-  const u32 tiles = address(memory), mine = tiles + r * Banks::ROW + 4 * (4 * warp + q);
-  const u32 x = tiles + ROW_TILES * TILE + warp * 8 * TOKEN_TILES * X_ROW;
+  const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0), warps = blockDim.x / LANES;
+  const int groups = (w.rows + ROWS - 1) / ROWS, spans = (w.columns + SPAN - 1) / SPAN;
+  const int first = (i64)groups * blockIdx.x / gridDim.x, last = (i64)groups * (blockIdx.x + 1) / gridDim.x;
+  const int passes = (last - first + PASS - 1) / PASS, size = ((last - first + passes - 1) / passes + 1) / 2 * 2;
+  const int first_token = blockIdx.y * 8 * TOKEN_TILES;
+  const u32 sums = (address(memory) + TILE - 1) / TILE * TILE, tiles = sums + warp * 2 * TILE;  // one or the other
+  const u32 table = sums + warps * max(PAIRS ? 0 : 2 * TILE, UNITS * TOKEN_TILES * 16 * LANES);
+  const u32 rooms = table + (PAIRS ? 128 : 0) + warp * AHEAD * 2 * Word::ROOM;
 
-  Words<SLOTS, OVERFLOW> rows[MINE];
-  auto fetch = [&](int i, int step) {
-    rows[i].fetch(w, first + WARPS * i, step, lane);
-    rows[i].seek(w, first + WARPS * i, step + 1);
+  const typename Word::Pieces pieces(w, lane);
+  auto room = [&](int unit, int k) { return rooms + (unit % AHEAD * 2 + k) * Word::ROOM; };
+  auto seek = [&](int pass, int span) {  // where overflow begins and ends: lanes 2 i and 2 i + 1 know it for group i
+    const int group = pass + lane / 2;
+    return OVERFLOW && lane < 2 * PASS && group < last && span < spans ? __ldg(starts_of(w, group, span) + lane % 2) : 0;
   };
+  auto ask = [&](int unit, int pass, int span, int starts) INLINE {
+    if (2 * unit < size && pass + 2 * unit < last && span < spans)
 #pragma unroll
-  for (int i = 0; i < MINE; i++) rows[i].seek(w, first + WARPS * i, 0);
+      for (int k = 0; k < 2; k++) {
+        const int i = 2 * unit + k, group = pass + i, rows = group < last ? w.rows - ROWS * group : 0;
+        const int begin = OVERFLOW ? from_lane(starts, 2 * i) : 0, end = OVERFLOW ? from_lane(starts, 2 * i + 1) : 0;
+        Word::ask(room(unit, k), w, pieces, group, span, rows, begin, end);
+      }
+    commit_copies();
+  };
+  int starts = seek(first, warp);
 #pragma unroll
-  for (int i = 0; i < MINE; i++) fetch(i, 0);
-  float sum[ROW_TILES][TOKEN_TILES][4] = {};
-  for (int step = 0; step < steps; step++) {
-    const bool busy = step * STEP + 4 * warp < words;
-    if (busy) stage_x<TOKEN_TILES>(call, first_token, 32 * (step * STEP + 4 * warp), x, lane);
-#pragma unroll
-    for (int i = 0; i < MINE; i++) {
-      write<Banks>(rows[i], w, step, tiles + (warp + WARPS * i) * Banks::ROW, lane);
-      if (step + 1 < steps) fetch(i, step + 1);
-    }
-    wait_copies<0>();
+  for (int unit = 0; unit < AHEAD; unit++) ask(unit, first, warp, starts);
+  if (PAIRS) {
+    write_selectors(table);
     __syncthreads();
-    if (busy) {
+  }
+
+  for (int pass = first; pass < last; pass += size) {
+    const int count = min(size, last - pass);
+    float sum[UNITS][TOKEN_TILES][4] = {};
+    for (int span = warp; span < spans; span += warps) {
+      const bool more = span + warps < spans;
+      const int next_pass = more ? pass : pass + size, next_span = more ? span + warps : warp;
+      const int next_starts = seek(next_pass, next_span), column = SPAN * span + lane % 4 * 32;
+      u32 x[TOKEN_TILES][16];
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        u32 a[ROW_TILES][2][4];
+      for (int k = 0; k < TOKEN_TILES; k++) {
+        const int token = first_token + 8 * k + lane / 4;
+        const uint4* from = (const uint4*)(call.x + (i64)token * w.columns + column);
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
+        for (int j = 0; j < 4; j++) {
+          const bool there = token < call.tokens && column < w.columns;
+          const uint4 four = there ? __ldg(from + j) : make_uint4(0, 0, 0, 0);
+          x[k][4 * j] = four.x, x[k][4 * j + 1] = four.y, x[k][4 * j + 2] = four.z, x[k][4 * j + 3] = four.w;
+        }
+      }
 #pragma unroll
-          for (int n = 0; n < 8; n++)
-            a[i][n / 4][n % 4] = load4(mine + i * TILE + n / 4 * 8 * Banks::ROW + (4 * j + n % 4) * 128);
-        add_columns<BF16>(sum, a, x, j, r, q);
+      for (int unit = 0; unit < UNITS; unit++) {
+        Word words[2];
+        wait_copies<AHEAD - 1>();
+        __syncwarp();
+        if (2 * unit < count) words[0].take(room(unit, 0)), words[1].take(room(unit, 1));
+        __syncwarp();
+        if (unit + AHEAD < UNITS) ask(unit + AHEAD, pass, span, starts);
+        else ask(unit + AHEAD - UNITS, next_pass, next_span, next_starts);
+        if (2 * unit >= count) continue;
+        if constexpr (!PAIRS) spread<2>(w, words, {tiles, tiles + TILE});
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          uint2 a[2];  // of each tile four columns
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            if constexpr (PAIRS) a[k] = four_columns(words[k], i, table);
+            else {
+              const u32 own = tiles + k * TILE + 4 * lane + 2 * i * BLOCK;
+              a[k].x = load4(own), a[k].y = load4(own + BLOCK);
+            }
+          }
+#pragma unroll
+          for (int k = 0; k < TOKEN_TILES; k++)
+            mma<BF16>(sum[unit][k], a[0].x, a[1].x, a[0].y, a[1].y, x[k][2 * i], x[k][2 * i + 1]);
+        }
+      }
+      starts = next_starts;
+    }
+    float4* all = (float4*)(memory + (sums - address(memory)));  // [warp][unit][tokens][lane]
+    __syncthreads();
+#pragma unroll
+    for (int unit = 0; unit < UNITS; unit++)
+#pragma unroll
+      for (int k = 0; k < TOKEN_TILES; k++) {
+        const float* mine = sum[unit][k];
+        all[((warp * UNITS + unit) * TOKEN_TILES + k) * LANES + lane] = make_float4(mine[0], mine[1], mine[2], mine[3]);
+      }
+    __syncthreads();
+    for (int i = threadIdx.x; i < (count + 1) / 2 * TOKEN_TILES * LANES; i += blockDim.x) {
+      float total[4] = {};
+      for (int other = 0; other < warps; other++) {
+        const float4 part = all[other * UNITS * TOKEN_TILES * LANES + i];
+        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+      }
+      const int token = first_token + i / LANES % TOKEN_TILES * 8 + lane % 4 * 2;
+      const int group = pass + i / LANES / TOKEN_TILES * 2;
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        const int row = ROWS * (group + c / 2) + lane / 4;
+        if (group + c / 2 >= last || row >= w.rows || token + c % 2 >= call.tokens) continue;
+        const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+        call.y[(i64)(token + c % 2) * w.rows + row] = rounded<BF16>(total[c] + bias);
       }
     }
-    __syncthreads();
+    __syncthreads();  // before tiles are written again
   }
-  finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
-}
-
-// ---- multiply_pairs
-
-// The bits of a group of 2:4 to selectors of `permute`, which bring its two values to their columns: for the first two
-// columns, and in the high half for the other two.
-__device__ __forceinline__ u32 pair_selectors(u32 bits) {
-  const u32 first = bits & 3, rest = bits >> 2 & 3;
-  const u32 one = first == 0 ? 0x4444 : first == 1 ? 0x4410 : first == 2 ? 0x1044 : 0x3210;
-  const u32 two = rest == 0 ? 0x4444 : rest == 1 ? 0x4432 : rest == 2 ? 0x3244 : 0x3210;
-  return one | two << 16;
-}
-
-// As `multiply`, but every lane makes what it multiplies itself.
-template <bool BF16, int ROW_TILES, int TOKEN_TILES>
-__global__ void __launch_bounds__(WARPS * LANES) multiply_pairs(const Call call) {
-  SHARED(memory);
-  const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, q = lane % 4;
-  const int words = w.columns / 32, first_token = blockIdx.y * 8 * TOKEN_TILES;
-  u32* selectors = (u32*)memory;
-  constexpr int X = 8 * TOKEN_TILES * X_ROW;
-  const u32 staged = address(memory) + 64 + warp * 2 * X;
-  if (threadIdx.x < 16) selectors[threadIdx.x] = pair_selectors(threadIdx.x);
-
-  typedef Words<16, false> Word;
-  Word next[ROW_TILES][2];  // [tile][row r, r + 8]
-  auto fetch = [&](int span) {
-#pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; i++)
-      next[i / 2][i % 2].load(w, blockIdx.x * 16 * ROW_TILES + 8 * i + r, 4 * span + q);
-  };
-  fetch(warp);
-  stage_x<TOKEN_TILES>(call, first_token, 128 * warp, staged, lane);
-  __syncthreads();
-  float sum[ROW_TILES][TOKEN_TILES][4] = {};
-  for (int span = warp; 4 * span < words; span += WARPS) {
-    const u32 x = staged + span / WARPS % 2 * X;
-    Word now[ROW_TILES][2];
-#pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; i++) now[i / 2][i % 2] = next[i / 2][i % 2];
-    fetch(span + WARPS);
-    __syncwarp();  // all lanes are done with the half that is written next
-    stage_x<TOKEN_TILES>(call, first_token, 128 * (span + WARPS), staged + (span / WARPS + 1) % 2 * X, lane);
-    wait_copies<1>();
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 4; j++) {  // 8 columns: two groups
-      u32 a[ROW_TILES][2][4];
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const Word& word = now[i][half];
-#pragma unroll
-          for (int group = 0; group < 2; group++) {
-            const u32 value = word.values[2 * j + group], how = selectors[word.bits >> (8 * j + 4 * group) & 15];
-            a[i][half][2 * group] = permute(value, 0, how);
-            a[i][half][2 * group + 1] = permute(value, 0, how >> 16);
-          }
-        }
-      add_columns<BF16>(sum, a, x, j, r, q);
-    }
-  }
-  wait_copies<0>();
-  __syncthreads();
-  finish<BF16, ROW_TILES, TOKEN_TILES>(call, sum, (float*)memory);
 }
 
 // ---- stream: Hopper
 
 // Warpgroups of 64 rows multiply what other warps expand meanwhile. wgmma takes both operands from shared memory, in
-// blocks of 8 rows (of W; or tokens) and 8 columns: a lane that owns the same four bytes of each block owns a bank, and so
-// no walk gets into another's way. Word p of 128 columns has its columns 2 t and 2 t + 1 in block t, at 2 p and 2 p + 1;
-// `arrange` brings x into the same order, tile by tile.
-
-constexpr int SPAN = 128;           // columns of a step
-constexpr int BLOCK = 128;          // bytes
-constexpr int BLOCKS = 16 * BLOCK;  // of 8 rows of a span
+// blocks of 8 rows (of W; or tokens) and 8 columns. A dense tile as `spread` writes it is 16 of them: word p of its 128
+// columns has columns 2 t and 2 t + 1 in block t, at 2 p and 2 p + 1; `arrange` brings x into the same order.
 
 // x [tokens, columns] -> [tile of TOKENS][span][8 tokens][block], zeros beyond both ends. A warp takes 8 tokens of a span.
 template <int TOKENS>
@@ -518,7 +483,7 @@ __global__ void arrange(const Call call) {
                ? __ldg((const uint4*)(call.x + (i64)token * call.w.columns + column) + i)
                : make_uint4(0, 0, 0, 0);
   constexpr int GROUPS = TOKENS / 8;
-  u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (BLOCKS / 4) + lane;
+  u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (TILE / 4) + lane;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     to[(4 * i + 0) * BLOCK / 4] = x[i].x;
@@ -625,42 +590,54 @@ template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKEN
 __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
   SHARED(memory);
   constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
-  constexpr int ROWS = 64 * GROUPS, TILE = ROWS / 8 * BLOCKS, X = TOKENS / 8 * BLOCKS;
+  constexpr int W = 8 * GROUPS * TILE, X = TOKENS / 8 * TILE;  // bytes of a step
   constexpr int STAGES = TOKENS == 64 || TOKENS == 256 ? 2 : 3;  // as many as there is room for
   constexpr int AHEAD = WORDS == 1 ? 3 : 1;  // steps that a lane has asked for
-  constexpr int EXTRA = OVERFLOW ? 4 : 0;    // and overflow, of the step that it is at
-  typedef Words<SLOTS, false> Word;
+  typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
-  const u32 tiles = (address(memory) + BLOCKS - 1) / BLOCKS * BLOCKS;  // so that `|` can add what is inside of blocks
-  const u32 full = tiles + STAGES * (TILE + X), empty = full + 8 * STAGES, selectors = empty + 8 * STAGES;
-  const u32 asked = selectors + 64;  // [AHEAD][word of the block's]
+  const u32 tiles = (address(memory) + TILE - 1) / TILE * TILE, table = tiles + STAGES * (W + X);
+  const u32 full = table + 128, empty = full + 8 * STAGES;
+  const u32 asked = empty + 8 * STAGES;  // [AHEAD][tile of the block's]
   Part now(call, spans, blockIdx.x), later = now;
   int stage = 0, turn = 0;
 
-  // Warps that expand walk twice over the part's steps: one walk asks for words, the other, AHEAD steps behind, expands.
-  const int mine = warp - 4 * GROUPS, part = lane % 4;
-  int at, row_asked, more = 0;  // the words that are asked for next, and how often before the tile ends
-  auto first_row = [&](const Part& part) { return part.tile / token_tiles * ROWS + 8 * mine; };
+  // Warps that expand walk twice over the part's steps: one walk asks for tiles, the other, AHEAD steps behind, expands.
+  const int mine = warp - 4 * GROUPS;
+  const typename Word::Pieces pieces(w, lane);
+  int span, group, more = 0;  // of what is asked for next, and how often before the tile of y ends
+  int starts;                 // and where its overflow begins and ends: lanes 2 i and 2 i + 1 know it for tile i
   auto room = [&](int slot, int i) { return asked + ((slot * EXPANDERS + mine) * WORDS + i) * Word::ROOM; };
-  auto ask = [&](int slot) INLINE {
+  auto seek = [&]() INLINE {
     if (more == 0 && later.is_left()) {
-      at = 4 * later.span(), row_asked = first_row(later), more = later.stop - later.at;
+      span = later.span(), group = later.tile / token_tiles * (8 * GROUPS) + mine, more = later.stop - later.at;
       later.leave();
     }
+    const int here = group + EXPANDERS * (lane / 2);
+    if (OVERFLOW && more && lane < 2 * WORDS && ROWS * here < w.rows) starts = __ldg(starts_of(w, here, span) + lane % 2);
+    else starts = 0;
+  };
+  auto ask = [&](int slot) INLINE {
     if (more) {
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) Word::ask(room(slot, i), w, row_asked + 8 * EXPANDERS * i, at, lane);
-      at += 4, more--;
+      for (int i = 0; i < WORDS; i++) {
+        const int begin = OVERFLOW ? from_lane(starts, 2 * i) : 0, end = OVERFLOW ? from_lane(starts, 2 * i + 1) : 0;
+        const int here = group + EXPANDERS * i;
+        Word::ask(room(slot, i), w, pieces, here, span, w.rows - ROWS * here, begin, end);
+      }
+      span++, more--;
+      seek();
     }
     commit_copies();
   };
-  if (mine >= 0)  // before all else: W does not wait for what x waits for
+  if (mine >= 0) {  // before all else: W does not wait for what x waits for
+    seek();
     for (int slot = 0; slot < AHEAD; slot++) ask(slot);
+  }
 
   let_next_kernel_begin();
-  if (PAIRS && threadIdx.x < 16) store4(selectors + 4 * threadIdx.x, pair_selectors(threadIdx.x));
+  if (PAIRS) write_selectors(table);
   if (threadIdx.x < STAGES) {
     start_barrier(full + 8 * threadIdx.x, EXPANDERS + 1);  // and x
     start_barrier(empty + 8 * threadIdx.x, GROUPS);
@@ -669,87 +646,26 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   __syncthreads();
 
   if (mine >= 0) {
-    const u32 minus_one = opaque(0xffffffff);  // what it multiplies is subtracted by units that have less to do
-    int left = 0;                         // steps of the tile
-    const char* x;                        // of the next step
-    int overflow[WORDS], no_more[WORDS];  // of what is next in a row, and after the row
-    auto enter = [&]() INLINE {
-      left = now.stop - now.at;
-      x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
-      if constexpr (OVERFLOW) {
-        const int words = w.columns / 32, steps = (words + STEP - 1) / STEP, step = now.span() / (STEP / 4);
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) {
-          int before = 0;
-          no_more[i] = 0;
-          const int row = first_row(now) + 8 * EXPANDERS * i + lane / 4;
-          if (row < w.rows) {
-            const u32* mask = w.mask + (i64)row * words;
-            const int* starts = w.starts + (i64)row * steps;
-            for (int k = step * STEP + part; k < 4 * now.span(); k += 4) before += max(0, __popc(__ldg(mask + k)) - SLOTS);
-            if (part == 0) before += __ldg(starts + step);
-            no_more[i] = __ldg(starts + steps);
-          }
-          overflow[i] = add_up<4>(before);
-        }
-      }
-    };
-    auto expand = [&](Word (&words)[WORDS]) {
-      const u32 tile = tiles + stage * (TILE + X), ready = full + 8 * stage;
+    const char* x;  // of the next step
+    auto expand = [&](const Word (&words)[WORDS]) {
+      const u32 stored = tiles + stage * (W + X), ready = full + 8 * stage;
       wait_barrier(empty + 8 * stage, turn ^ 1);
-      if (mine == 0 && lane == 0) copy_many(tile + TILE, x, X, ready);
+      if (mine == 0 && lane == 0) copy_many(stored + W, x, X, ready);
       x += X;
-      u32 to[WORDS], extra[WORDS][EXTRA + 1];
-      int count[WORDS], last[WORDS];
+      u32 to[WORDS];
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) {
-        to[i] = tile + (mine + EXPANDERS * i) * BLOCKS;
-        if constexpr (!PAIRS) {
-#pragma unroll
-          for (int j = 0; j < 4; j++) store16(to[i] + 512 * j + 16 * lane, make_uint4(0, 0, 0, 0));
-        }
-        to[i] += 4 * lane;
-        if constexpr (OVERFLOW) {  // the list has a row's words in order: the four lanes of a row divide it
-          count[i] = max(0, __popc(words[i].bits) - SLOTS);
-          const int upto = add_before<4>(count[i]) + count[i];
-          last[i] = overflow[i] + upto - 1;
-          overflow[i] += from_lane(upto, lane | 3);
-          if (last[i] >= no_more[i]) count[i] = 0;  // a damaged mask
-#pragma unroll
-          for (int k = 0; k < EXTRA; k++) extra[i][k] = k < count[i] ? __ldg(w.overflow + last[i] - k) : 0;
-        }
-      }
+      for (int i = 0; i < WORDS; i++) to[i] = stored + (mine + EXPANDERS * i) * TILE;
       if constexpr (PAIRS) {
 #pragma unroll
-        for (int group = 0; group < 8; group++)
+        for (int i = 0; i < 8; i++)
 #pragma unroll
-          for (int i = 0; i < WORDS; i++) {
-            const u32 bits = group ? words[i].bits >> (4 * group - 2) : words[i].bits << 2;
-            const u32 how = load4(selectors + (bits & 60)), value = words[i].values[group];
-            store4(to[i] + 2 * BLOCK * group, permute(value, 0, how));
-            store4(to[i] + 2 * BLOCK * group + BLOCK, permute(value, 0, how >> 16));
+          for (int k = 0; k < WORDS; k++) {
+            const uint2 pairs = four_columns(words[k], i, table);
+            store4(to[k] + 4 * lane + 2 * BLOCK * i, pairs.x);
+            store4(to[k] + 4 * lane + 2 * BLOCK * i + BLOCK, pairs.y);
           }
       } else {
-        __syncwarp();
-        // If there is no bit left, only a damaged mask of a matrix without overflow gets a number here, a wrong one.
-        auto put = [&](int i, u32 value) {
-          const int column = highest_bit(words[i].bits);
-          words[i].bits += minus_one * bit(column);
-          if (!OVERFLOW || column >= 0) store2(to[i] | column * 66 & 0x782, value);
-        };
-#pragma unroll
-        for (int n = SLOTS - 1; n >= 0; n--)
-#pragma unroll
-          for (int i = 0; i < WORDS; i++) put(i, n % 2 ? words[i].values[n / 2] >> 16 : words[i].values[n / 2]);
-        if constexpr (OVERFLOW) {
-#pragma unroll
-          for (int k = 0; k < EXTRA; k++)
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) put(i, extra[i][k]);
-#pragma unroll
-          for (int i = 0; i < WORDS; i++)
-            for (int k = EXTRA; k < count[i]; k++) put(i, __ldg(w.overflow + last[i] - k));
-        }
+        spread<WORDS>(w, words, to);
       }
       publish_stores();
       __syncwarp();
@@ -758,13 +674,13 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
     };
     if (mine == 0) wait_for_kernel_before();
     for (int slot = 0; now.is_left(); now.leave()) {
-      enter();
-      for (; left; left--) {
+      x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
+      for (int left = now.stop - now.at; left; left--) {
         wait_copies<AHEAD - 1>();
         __syncwarp();
         Word words[WORDS];
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) words[i].take(room(slot, i), lane);
+        for (int i = 0; i < WORDS; i++) words[i].take(room(slot, i));
         __syncwarp();
         ask(slot);
         expand(words);
@@ -778,10 +694,10 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       float sum[TOKENS / 2] = {};
       int before = -1;  // the stage of the products that are not waited for yet
       for (int steps = now.stop - now.at; steps; steps--) {
-        const u32 tile = tiles + stage * (TILE + X);
+        const u32 stored = tiles + stage * (W + X);
         wait_barrier(full + 8 * stage, turn);
         begin_products();
-        const u64 a = described(tile + group * 8 * BLOCKS, BLOCK, BLOCKS), b = described(tile + TILE, BLOCK, BLOCKS);
+        const u64 a = described(stored + group * 8 * TILE, BLOCK, TILE), b = described(stored + W, BLOCK, TILE);
 #pragma unroll
         for (int j = 0; j < SPAN / 16; j++)
           multiply_tile<BF16, TOKENS>(sum, further(a, 2 * BLOCK * j), further(b, 2 * BLOCK * j));
@@ -801,26 +717,44 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 
 // ---- expand
 
-// A warp writes every n-th step.
+// A warp writes every n-th tile.
 template <int SLOTS, bool OVERFLOW>
-__global__ void __launch_bounds__(WARPS * LANES) expand(const Call call) {
+__global__ void __launch_bounds__(256) expand(const Call call) {
   SHARED(memory);
+  typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, steps = (w.columns / 32 + STEP - 1) / STEP;
-  const u32 tile = address(memory) + warp * Strips::ROW;
-  const int total = w.rows * steps, stride = gridDim.x * WARPS;
-  int i = blockIdx.x * WARPS + warp;
-  Words<SLOTS, OVERFLOW> next;
-  next.seek(w, i / steps, i % steps);
-  next.fetch(w, i / steps, i % steps, lane);
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+  const int spans = (w.columns + SPAN - 1) / SPAN, total = (w.rows + ROWS - 1) / ROWS * spans, stride = gridDim.x * warps;
+  const u32 tiles = (address(memory) + TILE - 1) / TILE * TILE, tile = tiles + warp * TILE;
+  const u32 room = tiles + warps * TILE + warp * Word::ROOM;
+  const typename Word::Pieces pieces(w, lane);
+  int i = blockIdx.x * warps + warp;
+  auto ask = [&](int i) {
+    if (i < total) {
+      const int* starts = OVERFLOW ? w.starts + i : 0;
+      const int group = i / spans, begin = OVERFLOW ? __ldg(starts) : 0, end = OVERFLOW ? __ldg(starts + 1) : 0;
+      Word::ask(room, w, pieces, group, i % spans, w.rows - ROWS * group, begin, end);
+    }
+    commit_copies();
+  };
+  ask(i);
   for (; i < total; i += stride) {
-    const int row = i / steps, step = i % steps, begin = 32 * STEP * step, columns = min(32 * STEP, w.columns - begin);
-    next.seek(w, (i + stride) / steps, (i + stride) % steps);
-    write<Strips>(next, w, step, tile, lane);
-    next.fetch(w, (i + stride) / steps, (i + stride) % steps, lane);
+    Word words[1];
+    wait_copies<0>();
     __syncwarp();
-    uint2* to = (uint2*)(call.y + (i64)row * w.columns + begin);
-    for (int j = lane; j < columns / 4; j += LANES) to[j] = load8(tile + j / 8 * Strips::WORD + j % 8 * 8);
+    words[0].take(room);
+    __syncwarp();
+    ask(i + stride);
+    spread<1>(w, words, {tile});
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 4; j++) {  // 8 columns for each lane: two rows
+      const int r = 2 * j + lane / 16, word = lane % 16 / 4, row = i / spans * ROWS + r, column = i % spans * SPAN;
+      const u32 from = tile + 4 * (4 * r + word) + lane % 4 * 4 * BLOCK;
+      if (row < w.rows && column + 32 * word < w.columns)
+        *(uint4*)(call.y + (i64)row * w.columns + column + lane % 16 * 8) =
+            make_uint4(load4(from), load4(from + BLOCK), load4(from + 2 * BLOCK), load4(from + 3 * BLOCK));
+    }
     __syncwarp();
   }
 }

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 TYPES = {torch.bfloat16: "true", torch.float16: "false"}
 CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
 HOPPER = (9, 0)
-TILE_ROW, STRIP_ROW, X_ROW = 2048 + 16, 72 * 32, 256 + 64  # bytes, as in cuda.cu
-SPAN, TILES = 128, (16, 32, 64, 128, 256)  # columns, and tokens, of `stream`
+TILE = 2048  # bytes of 8 rows of 128 columns, as in cuda.cu
+TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
 
 
 class Launch(NamedTuple):
@@ -91,33 +91,44 @@ def refuses(device: torch.device, dtype: torch.dtype, in_features: int) -> str |
 def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
-    rows, words, bf16 = layout.rows, layout.in_features // 32, TYPES[layout.dtype]
-    # From here on as measured on an H100 and an H200: tests/benchmarks/launches.py. Only `gather` at 3 and 4 tokens
-    # without overflow was not: by its counts of instructions and shared memory it takes less than `multiply`.
+    rows = layout.rows
+    # As measured on an H200: tests/benchmarks/launches.py.
     large, hopper = rows * layout.in_features >= 2**25, _is_hopper(device)
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
-    if tokens <= (2 if layout.pairs else 4):
-        staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
-        warps = min(16, -(-rows // (2 * processors)))
-        shared = 33 * 4 * (-(-words // 32) * 32) * (2 if staged == 4 else 1)
-        if shared <= most_shared:
-            blocks = min(-(-rows // warps), 2 * processors)
-            return Launch(f"gather<{bf16},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
-    if hopper and tokens > ((8 if large else 32) if layout.overflow else 4 if large else 8):
+    if tokens <= 2 and not layout.overflow:
+        launch = gather(layout, tokens, processors)
+        if launch.shared <= most_shared:
+            return launch
+    if hopper and tokens > 16:
         tile = next(tile for tile in TILES if tokens <= tile or tile == TILES[-1])
         return stream(layout, tokens, 1 if tile <= 64 else 2, tile, processors)
-    row_tiles = 1 if tokens <= (16 if layout.overflow else 0 if layout.pairs else 8) else 2
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    staged, sums = 64 * token_tiles * X_ROW, 1024 * row_tiles * token_tiles * 4
-    if layout.pairs:
-        name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
-    else:
-        name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * TILE_ROW + staged
-    grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
-    launch = Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums))
-    return launch if launch.shared <= most_shared else None
+    launches = (multiply(layout, tokens, processors, warps) for warps in (16, 12, 8, 4, 2))
+    return next((launch for launch in launches if launch.shared <= most_shared), None)
+
+
+def gather(layout: Layout, tokens: int, processors: int, warps: int = 16, blocks: int = 2) -> Launch:
+    """`gather` with so many warps in a block, and blocks for each processor."""
+    staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
+    warps = min(warps, -(-layout.rows // (blocks * processors)))
+    shared = 33 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1) + 4 * warps * staged
+    grid = min(-(-layout.rows // warps), blocks * processors), 1
+    return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.slots}>", grid, 32 * warps, shared)
+
+
+def multiply(layout: Layout, tokens: int, processors: int, warps: int = 16) -> Launch:
+    """`multiply` with so many warps in a block."""
+    token_tiles = 1 if tokens <= 8 else 2
+    table, tiles = (128, 0) if layout.pairs else (0, 2 * TILE)
+    shared = TILE + table + warps * (max(tiles, 2048 * token_tiles) + 4 * _room(layout))
+    kernel = f"multiply<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{token_tiles}>"
+    return Launch(kernel, (min(-(-layout.rows // 8), processors), -(-tokens // (8 * token_tiles))), 32 * warps, shared)
+
+
+def _room(layout: Layout) -> int:
+    """Bytes of a tile on its way: `Words::ROOM`."""
+    return 64 * layout.slots + 256 + (272 if layout.overflow else 0)
 
 
 def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int) -> Launch:
@@ -125,10 +136,11 @@ def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int)
     pairs = str(layout.pairs).lower()
     kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{pairs},{groups},{tile}>"
     rows, stages = 64 * groups, 2 if tile in (64, 256) else 3
-    asked = (3 if groups == 1 else 1) * rows * (8 * layout.slots + 32)
-    steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // SPAN)
+    asked = (3 if groups == 1 else 1) * 8 * groups * _room(layout)
+    steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // slots.SPAN)
     blocks = max(1, min(steps // 2, processors * (1 if tile > 64 else 2)))
-    return Launch(kernel, (blocks, 1), 384, 2048 + stages * (256 * (rows + tile) + 16) + 64 + asked, tile, groups)
+    shared = TILE + stages * (TILE // 8 * (rows + tile) + 16) + 128 + asked
+    return Launch(kernel, (blocks, 1), 384, shared, tile, groups)
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -143,8 +155,9 @@ def expand(matrix: Matrix) -> Tensor:
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
-    blocks = min(-(-rows * -(-in_features // slots.STEP) // 8), 8 * processors)
-    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, 8 * STRIP_ROW), matrix, None, None, dense)
+    blocks = min(-(-slots.tiles(rows, in_features) // 8), 8 * processors)
+    shared = TILE + 8 * (TILE + _room(matrix.layout))
+    _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, shared), matrix, None, None, dense)
     return dense
 
 
@@ -189,10 +202,10 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         call.bias = bias.data_ptr()
     device = y.get_device()
     if launch.tile:
-        spans, tiles = -(-columns // SPAN), -(-tokens // launch.tile)
+        spans, tiles = -(-columns // slots.SPAN), -(-tokens // launch.tile)
         call.each, call.rest = divmod(-(-rows // (64 * launch.groups)) * tiles * spans, launch.grid[0])
         call.count = launch.grid[0] * launch.groups
-        arranged, sums = 2 * tiles * launch.tile * spans * SPAN, call.count * 64 * launch.tile * 4
+        arranged, sums = 2 * tiles * launch.tile * spans * slots.SPAN, call.count * 64 * launch.tile * 4
         scratch = y.new_empty(arranged + sums + 4 * call.count, dtype=torch.uint8)
         call.y = scratch.data_ptr()
         call.partial, call.flags = call.y + arranged, call.y + arranged + sums

@@ -41,14 +41,15 @@ __device__ __forceinline__ u32 bit(int number) {  // none for -1
   asm("shl.b32 %0, %1, %2;" : "=r"(bit) : "r"(1), "r"(number));
   return bit;
 }
-// The same number, of which the compiler knows nothing.
-__device__ __forceinline__ u32 opaque(u32 x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
+__device__ __forceinline__ u32 reversed(u32 word) { return __brev(word); }  // the highest bit first becomes the lowest
 
-// Four of the eight bytes of b:a, one for each hexadecimal digit of `selector`.
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+// Four of the eight bytes of b:a, one for each of the lower four hexadecimal digits of `selector`, all below 8:
+// __byte_perm would spend an instruction on making them so.
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
 
 template <bool BF16>
 __device__ __forceinline__ float to_float(u16 x) {
@@ -143,21 +144,10 @@ __device__ __forceinline__ void wait_copies() {
 
 // ---- warps
 
-template <int OVER = LANES, class T>  // neighbours
-__device__ __forceinline__ T add_up(T x) {
+__device__ __forceinline__ float add_up(float x) {
 #pragma unroll
-  for (int distance = OVER / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
+  for (int distance = LANES / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
   return x;
-}
-template <int OVER>
-__device__ __forceinline__ int add_before(int x) {  // of the lanes before, of OVER neighbours
-  int sum = x;
-#pragma unroll
-  for (int distance = 1; distance < OVER; distance *= 2) {
-    const int other = __shfl_up_sync(ALL, sum, distance, OVER);
-    if (threadIdx.x % OVER >= distance) sum += other;
-  }
-  return sum - x;
 }
 __device__ __forceinline__ int from_lane(int x, int lane) { return __shfl_sync(ALL, x, lane); }
 

@@ -78,23 +78,13 @@ def clone(matrix: cuda.Matrix) -> cuda.Matrix:
 
 def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
     processors, most_shared = cuda._limits(0)
-    bf16, rows = cuda.TYPES[layout.dtype], layout.rows
     launches = []
-    if tokens <= 4:
-        staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
-        shared = 132 * (layout.in_features // 32) * (2 if staged == 4 else 1)
-        for warps, blocks in ((4, 8), (8, 2), (8, 4), (8, 6), (16, 1), (16, 2), (16, 3)):
-            grid = min(-(-rows // warps), blocks * processors), 1
-            launches.append(cuda.Launch(f"gather<{bf16},{staged},{layout.template}>", grid, 32 * warps, shared))
-    for row_tiles in (1, 2) if tokens <= 64 else ():
-        for token_tiles in (1, 2, 4):
-            grid = -(-rows // (16 * row_tiles)), -(-tokens // (8 * token_tiles))
-            staged, sums = 64 * token_tiles * cuda.X_ROW, 4096 * row_tiles * token_tiles
-            if layout.pairs:
-                name, shared = f"multiply_pairs<{bf16}", 64 + 2 * staged
-            else:
-                name, shared = f"multiply<{bf16},{layout.template}", row_tiles * 16 * cuda.TILE_ROW + staged
-            launches.append(cuda.Launch(f"{name},{row_tiles},{token_tiles}>", grid, 256, max(shared, sums)))
+    if tokens <= 4 and not layout.overflow:
+        shapes = ((8, 4), (8, 6), (16, 1), (16, 2), (16, 3))
+        launches += [cuda.gather(layout, tokens, processors, warps, blocks) for warps, blocks in shapes]
+    if tokens <= 64:
+        launches += [cuda.multiply(layout, tokens, processors, warps) for warps in (8, 12, 16)]
+        launches += [cuda.multiply(layout, tokens, 2 * processors, 8)]
     if torch.cuda.get_device_capability() == cuda.HOPPER:
         for groups, tile in ((1, 16), (1, 32), (1, 64), (2, 64), (1, 128), (2, 128), (2, 256)):
             if tile < 2 * tokens or tile == 16 or tile == 256:

@@ -161,8 +161,11 @@ inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
 inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
 inline u32 bit(int number) { return number < 0 ? 0 : 1u << number; }
-inline u32 opaque(u32 x) { return x; }
-inline int __popc(u32 word) { return __builtin_popcount(word); }
+inline u32 reversed(u32 word) {
+  u32 result = 0;
+  for (int i = 0; i < 32; i++) result |= (word >> i & 1) << (31 - i);
+  return result;
+}
 inline u32 permute(u32 a, u32 b, u32 selector) {
   const u64 bytes = (u64)b << 32 | a;
   u32 result = 0;
