@@ -9,8 +9,8 @@ find no value any more, and need not ask. At 50 %, with 16 slots, that is 1.27 b
 
     name      dtype        shape
     values    the model's  [out, in / 32, slots]: three dimensions, which values on disk never have
-    overflow  int32        [entries]: row % 8 << 23 | column % 128 << 16 | the value's 16 bits, tile by tile
-    starts    int32        [tiles + 1]: where the entries of each tile of 8 rows and 128 columns begin, along the rows
+    overflow  int32        [entries]: column << 16 | the value's 16 bits, row by row in column order
+    starts    int32        [out * ceil(in / 128) + 1]: where the entries of each 128 columns of a row begin
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,8 @@ from .bitmask import unpack_bits
 
 
 SLOTS = (4, 8, 12, 16, 20, 24, 28, 32)
-ROWS, SPAN = 8, 128  # of a tile
+SPAN = 128  # columns that share a start
+MOST_COLUMNS = 2**16
 CHUNK = 2**24  # weights that are moved at a time: what the indices of this take is some hundred MB
 
 
@@ -43,21 +44,19 @@ def even_slots(pattern: Pattern, in_features: int) -> int:
     return 0
 
 
-def tiles(out_features: int, in_features: int) -> int:
-    return -(-out_features // ROWS) * -(-in_features // SPAN)
-
-
 def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
     """Move values in column order, which `bitmask` has with their mask [out, in / 8], to slots.
 
     Raises:
-        ValueError: 32 does not divide the inputs, or values do not have 16 bits.
+        ValueError: 32 does not divide the inputs, there are more than 65,536, or values do not have 16 bits.
     """
-    if in_features % 32 or values.element_size() != 2:
-        raise ValueError(f"{in_features} inputs of {values.dtype}: must be a multiple of 32, of 16 bits.")
+    if in_features % 32 or in_features > MOST_COLUMNS or values.element_size() != 2:
+        raise ValueError(
+            f"{in_features} inputs of {values.dtype}: must be at most {MOST_COLUMNS}, a multiple of 32, of 16 bits."
+        )
     slots = _best_slots(mask, in_features)
     packed = values.new_zeros(len(mask), in_features // 32, slots)
-    overflow, counts = [], []
+    overflow, starts = [], [torch.zeros(1, dtype=torch.int32, device=values.device)]
     for rows, here, where in _moves(values.reshape(-1), mask, in_features, slots):
         words = packed[rows].view(-1, slots)
         for column, part in ((0, words[:, : slots // 2]), (31, words[:, slots // 2 :])):
@@ -67,11 +66,9 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
             fits = inside < slots // 2
             words[where.word[fits], slot[fits]] = here[fits]
         bits = here[where.overflow].view(torch.int16).int() & 0xFFFF
-        row, column = where.row[where.overflow].int(), where.column[where.overflow].int()
-        overflow.append(row % ROWS << 23 | column % SPAN << 16 | bits)
-        counts.append(where.counts)
-    starts = F.pad(torch.cat(counts).cumsum(0, dtype=torch.int32), (1, 0)) if counts else mask.new_zeros(1).int()
-    return Slots(packed, torch.cat(overflow) if overflow else starts[:0], starts)
+        overflow.append(where.column[where.overflow].int() << 16 | bits)
+        starts.append(where.counts)
+    return Slots(packed, torch.cat(overflow), torch.cat(starts).cumsum(0, dtype=torch.int32))
 
 
 def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
@@ -82,17 +79,16 @@ def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
     for rows, here, where in _moves(values, mask, in_features, slots):
         slot = torch.where(where.from_first < slots // 2, where.from_first, slots - 1 - where.from_last).clamp(min=0)
         here.copy_(packed.values[rows].view(-1, slots)[where.word, slot])
-        extra = packed.overflow[first : first + len(where.overflow)]
+        extra = packed.overflow[first : first + int(where.overflow.sum())]
         here[where.overflow] = extra.to(torch.int16).view(values.dtype)  # the low half
         first += len(extra)
     return values
 
 
 class _Where(NamedTuple):
-    """For the values of some rows, in column order: their rows and columns, their words, and how many values of the word
-    come before and after; which of them overflow, in the order of the list; and how many in each tile."""
+    """For the values of some rows: their columns, their words, how many values of the word come before and after, and
+    whether there is no slot for them; and how many such there are in each span of a row."""
 
-    row: Tensor
     column: Tensor
     word: Tensor
     from_first: Tensor
@@ -103,23 +99,22 @@ class _Where(NamedTuple):
 
 def _moves(values: Tensor, mask: Tensor, in_features: int, slots: int) -> Iterator[tuple[slice, Tensor, _Where]]:
     """Some rows at a time, their values, and where these belong."""
-    first, height = 0, max(1, CHUNK // in_features // ROWS) * ROWS
-    spans = -(-in_features // SPAN)
+    first, height = 0, max(1, CHUNK // in_features)
     for begin in range(0, len(mask), height):
         rows = slice(begin, begin + height)
         keep = unpack_bits(mask[rows], in_features)
-        ends = keep.view(-1, 32).sum(1).cumsum(0)
+        counts = keep.view(-1, 32).sum(1)
         index = keep.view(-1).nonzero()[:, 0]
-        row, column, word = index // in_features, index % in_features, index // 32
-        from_last = ends[word] - 1 - torch.arange(len(index), device=mask.device)
-        from_first = torch.arange(len(index), device=mask.device) - F.pad(ends, (1, 0))[word]
-        overflow = ((from_first >= slots // 2) & (from_last >= slots // 2)).nonzero()[:, 0]
-        tile, order = (row[overflow] // ROWS * spans + column[overflow] // SPAN).sort(stable=True)
-        counts = tile.bincount(minlength=tiles(len(keep), in_features))
+        word, rank = index // 32, torch.arange(len(index), device=mask.device)
+        ends = counts.cumsum(0)
+        from_first, from_last = rank - (ends - counts)[word], ends[word] - 1 - rank
+        over = (counts - slots).clamp(min=0).view(len(keep), -1)
+        spans = F.pad(over, (0, -over.shape[1] % (SPAN // 32))).view(-1, SPAN // 32).sum(1).int()
+        overflow = (from_first >= slots // 2) & (from_last >= slots // 2)
         yield (
             rows,
             values[first : first + len(index)],
-            _Where(row, column, word, from_first, from_last, overflow[order], counts),
+            _Where(index % in_features, word, from_first, from_last, overflow, spans),
         )
         first += len(index)
 

@@ -12,8 +12,8 @@
 //             product are shared out evenly.
 //   expand    writes the dense W.
 //
-// The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list, tile by tile:
-// OVERFLOW. For 4:8, 8:16 and the like that is the disk format, for nothing is left over. Whatever bits and columns a
+// The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list: OVERFLOW.
+// For 4:8, 8:16 and the like that is the disk format, for nothing is left over. Whatever bits and columns a
 // damaged W holds, kernels touch no memory but its own; `starts` are made by this package, and trusted.
 
 #include <device.cuh>
@@ -21,8 +21,8 @@
 struct Matrix {
   const u16* values;    // [rows, columns / 32, SLOTS]
   const u32* mask;      // [rows, columns / 32]
-  const u32* overflow;  // row % 8 << 23 | column % 128 << 16 | value, tile by tile
-  const int* starts;    // [tiles + 1]: where the overflow of each begins
+  const u32* overflow;  // column << 16 | value, by row and column
+  const int* starts;    // [rows, columns / SPAN, rounded up] + 1: where the overflow of each span of a row begins
   int rows, columns;
 };
 
@@ -32,12 +32,18 @@ struct Call {
   const u16* bias;  // [rows] or null
   u16* y;           // [tokens, rows]; `expand`: the dense W
   int tokens;
+  int each, rest;  // how much of the work a block has: the first `rest` blocks have one more. Part of what, kernels say
   // What follows is for `stream` only.
   int count;       // of flags
   int* flags;      // [blocks, GROUPS], cleared by `arrange`
   float* partial;  // [blocks, GROUPS, ...]
-  int each, rest;  // steps of a block: the first `rest` blocks have one more
 };
+__device__ __forceinline__ int first_of(const Call& call, int block) { return block * call.each + min(block, call.rest); }
+
+constexpr int SPAN = 128;  // columns
+__device__ __forceinline__ const int* start_of(const Matrix& w, int row, int span) {
+  return w.starts + (i64)row * ((w.columns + SPAN - 1) / SPAN) + span;
+}
 
 // ---- gather
 
@@ -45,12 +51,13 @@ constexpr int STEP = 32;  // words of a row, one per lane, that a warp takes at 
 
 // x in shared memory as `gather` reads it: of 1,024 columns at a time, STEP_ROW numbers for each column of a word, one of
 // each word. So a lane, whose words are the same of every step, reads from a bank of its own, whatever its columns are.
-// They come backwards after a zero, so that -1, which stands for no bit, is safe. One token as fp32, more as 16 bits each.
-constexpr int STEP_ROW = LANES, STAGED = 33 * STEP_ROW;  // numbers of a step
+// There are zeros before the first column and after the last: there is where a walk is that found no bit. One token as
+// fp32, more as 16 bits each.
+constexpr int STEP_ROW = LANES, STAGED = 34 * STEP_ROW;  // numbers of a step
 
-// Where column 31 - `zeros` of a word is.
-__device__ __forceinline__ int place(int word, int zeros) {
-  return word / STEP * STAGED + (zeros + 1) * STEP_ROW + word % STEP;
+// Where a column of a word is, from -1 to 32.
+__device__ __forceinline__ int place(int word, int column) {
+  return word / STEP * STAGED + (column + 1) * STEP_ROW + word % STEP;
 }
 
 template <bool BF16, int TOKENS>
@@ -59,7 +66,7 @@ __device__ void spread_x(const Call& call, u32* staged) {
   const int columns = call.w.columns, words = (columns / 32 + STEP - 1) / STEP * STEP;
   for (int i = threadIdx.x; i < words; i += blockDim.x)
 #pragma unroll
-    for (int j = 0; j < EACH; j++) staged[EACH * place(i, -1) + j] = 0;
+    for (int j = 0; j < EACH; j++) staged[EACH * place(i, -1) + j] = staged[EACH * place(i, 32) + j] = 0;
   for (int i = threadIdx.x; i < 4 * words; i += blockDim.x) {  // the lanes of a warp write to different words
     const int word = i / (4 * LANES) * LANES + i % LANES, quarter = i / LANES % 4;
     if (word >= columns / 32) continue;
@@ -71,15 +78,15 @@ __device__ void spread_x(const Call& call, u32* staged) {
       const uint4 eight = there ? __ldg(from) : make_uint4(0, 0, 0, 0);
       tokens[token][0] = eight.x, tokens[token][1] = eight.y, tokens[token][2] = eight.z, tokens[token][3] = eight.w;
     }
-    u32* to = staged + EACH * place(word, 31 - 8 * quarter);
+    u32* to = staged + EACH * place(word, 8 * quarter);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
       if (TOKENS == 1) {
-        to[-j * STEP_ROW] = __float_as_uint(j % 2 ? high<BF16>(tokens[0][j / 2]) : low<BF16>(tokens[0][j / 2]));
+        to[j * STEP_ROW] = __float_as_uint(j % 2 ? high<BF16>(tokens[0][j / 2]) : low<BF16>(tokens[0][j / 2]));
       } else {
 #pragma unroll
         for (int k = 0; k < EACH; k++)
-          to[k - EACH * j * STEP_ROW] =
+          to[k + EACH * j * STEP_ROW] =
               permute(tokens[2 * k][j / 2], tokens[2 * k + 1][j / 2], j % 2 ? 0x7632 : 0x5410);
       }
     }
@@ -125,22 +132,30 @@ __device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16*
 
 // A block has some rows, and each of its warps as many steps of these as the others: a warp may begin and end within a
 // row. The next step is on its way meanwhile.
-template <bool BF16, int TOKENS, int SLOTS>
+template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(512) gather(const Call call) {
   SHARED(memory);
   constexpr int EACH = TOKENS == 4 ? 2 : 1;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
-  const int first = (i64)w.rows * blockIdx.x / gridDim.x, last = (i64)w.rows * (blockIdx.x + 1) / gridDim.x;
-  auto begin = [&](int warp) { return (int)((i64)(last - first) * steps * warp / warps); };
+  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP, spans = (w.columns + SPAN - 1) / SPAN;
+  const int first = first_of(call, blockIdx.x), units = (first_of(call, blockIdx.x + 1) - first) * steps;
+  auto begin = [&](int warp) { return units * warp / warps; };
   u32* staged = (u32*)memory;
   float* parts = (float*)(staged + EACH * steps * STAGED);  // [warp][TOKENS], of a row that the warp did not begin
   int left = begin(warp + 1) - begin(warp), row = first + begin(warp) / steps, step = begin(warp) % steps;
-  int ahead = left;
 
-  u32 bits, values[SLOTS / 2];  // of the next step
-  int next_row = row, next_step = step;
+  int next_row = row, next_step = step, ahead = left;  // what is asked for next
+  u32 bits, values[SLOTS / 2];                         // what was
+  int extra = 0, extra_end = 0, next_extra = 0, next_end = 0;  // and the overflow of both
+  auto seek = [&] {
+    if (!OVERFLOW) return;
+    next_extra = next_end = 0;
+    if (ahead <= 0) return;
+    next_extra = __ldg(start_of(w, next_row, STEP / 4 * next_step));
+    next_end = __ldg(start_of(w, next_row, min(spans, STEP / 4 * (next_step + 1))));
+  };
+  u32 entries[2];
   auto fetch = [&] {
     const int at = next_step * STEP + lane;
     const bool there = ahead-- > 0 && at < words;
@@ -148,7 +163,14 @@ __global__ void __launch_bounds__(512) gather(const Call call) {
     bits = there ? load_once(w.mask + index) : 0;
     load_values<SLOTS>(values, w.values + SLOTS * index, there);
     if (++next_step == steps) next_step = 0, next_row++;
+    if (!OVERFLOW) return;
+    extra = next_extra + lane, extra_end = next_end;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (extra + LANES * i < extra_end) entries[i] = load_once(w.overflow + extra + LANES * i);
+    seek();  // which `fetch` of that step must not wait for
   };
+  seek();
   fetch();  // before x is staged: the first weights take longest
   spread_x<BF16, TOKENS>(call, staged);
   __syncthreads();
@@ -163,17 +185,37 @@ __global__ void __launch_bounds__(512) gather(const Call call) {
   };
   bool begun = step == 0;  // by this warp
   for (; left; left--) {
-    u32 bits_now = bits, now[SLOTS / 2];
+    u32 bits_now = bits, now[SLOTS / 2], entries_now[2];
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
-    const u32* x = staged + EACH * place(step * STEP + lane, 0);
+    entries_now[0] = entries[0], entries_now[1] = entries[1];
+    const int extra_now = extra, end_now = extra_end;
+    const u32 *from_first = staged + EACH * place(step * STEP + lane, 0), *from_last = from_first + EACH * STEP_ROW * 31;
     fetch();
+    auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
 #pragma unroll
-    for (int i = SLOTS - 1; i >= 0; i--) {
+    for (int i = SLOTS - 1; i >= SLOTS / 2; i--) {
       const int zeros = leading_zeros(bits_now);
       bits_now ^= bit_after(zeros);
-      const float value = i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]);
-      add<BF16, TOKENS>(value, x + EACH * STEP_ROW * zeros, sum);
+      add<BF16, TOKENS>(value(i), from_last - EACH * STEP_ROW * zeros, sum);
+    }
+    bits_now = reversed(bits_now);
+#pragma unroll
+    for (int i = 0; i < SLOTS / 2; i++) {
+      const int zeros = leading_zeros(bits_now);
+      bits_now ^= bit_after(zeros);
+      add<BF16, TOKENS>(value(i), from_first + EACH * STEP_ROW * zeros, sum);
+    }
+    if constexpr (OVERFLOW) {
+      auto add_entry = [&](u32 entry) {
+        const int column = entry >> 16;
+        if (column < w.columns) add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * place(column / 32, column % 32), sum);
+      };
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (extra_now + LANES * i < end_now) add_entry(entries_now[i]);
+#pragma unroll 1
+      for (int i = extra_now + 2 * LANES; i < end_now; i += LANES) add_entry(load_once(w.overflow + i));
     }
     const bool whole = ++step == steps;
     if (!whole && left > 1) continue;
@@ -199,26 +241,19 @@ __global__ void __launch_bounds__(512) gather(const Call call) {
 
 // ---- tiles of W: 8 rows of 128 columns. A lane has one word of each: word lane % 4 of row lane / 4.
 
-constexpr int ROWS = 8, SPAN = 128;
+constexpr int ROWS = 8;
 constexpr int BLOCK = 128, TILE = 16 * BLOCK;  // bytes
-
-// The tiles of a matrix go along its rows; this is where the overflow of one begins, and the one after it there.
-__device__ __forceinline__ const int* starts_of(const Matrix& w, int group, int span) {
-  return w.starts + (i64)group * ((w.columns + SPAN - 1) / SPAN) + span;
-}
 
 template <int SLOTS, bool OVERFLOW>
 struct Words {
-  u32 bits, values[SLOTS / 2];
-  int begin, count;  // the tile's overflow
-  u32 extra[2];      // and what the lane has of its first 64
+  static constexpr int ENTRIES = 3;  // of overflow, that lanes have of their row's: there are rarely more
+  u32 bits, values[SLOTS / 2], entries[ENTRIES];
 
   // Tiles come through shared memory, past the registers: any number of them may be on their way, where to wait for one
   // load to a register is to wait for all. Lanes ask for whole rows together, for what they ask for one by one comes in
   // sectors of 32 bytes, the same ones again and again.
   static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE, ROW = 8 * SLOTS + 16;  // bytes; of a row
-  static constexpr int MASK = ROWS * ROW, EXTRA = MASK + 4 * LANES, RANGE = EXTRA + 8 * LANES;
-  static constexpr int ROOM = OVERFLOW ? RANGE + 16 : EXTRA;
+  static constexpr int MASK = ROWS * ROW, EXTRA = MASK + 4 * LANES, ROOM = EXTRA + (OVERFLOW ? 4 * ENTRIES * LANES : 0);
 
   // What a lane copies of a tile: how many bytes after the tile's first it is. That is the same for all, and to work it
   // out each time takes longer than to multiply.
@@ -235,9 +270,16 @@ struct Words {
     }
   };
 
+  // Where the overflow of a lane's row begins and ends: `ask` of that tile comes later, and must not wait for it.
+  static __device__ __forceinline__ int2 seek(const Matrix& w, int group, int span, bool there) {
+    const int row = ROWS * group + threadIdx.x % LANES / 4;
+    if (!OVERFLOW || !there || row >= w.rows) return make_int2(0, 0);
+    const int* start = start_of(w, row, span);
+    return make_int2(__ldg(start), __ldg(start + 1));
+  }
   // `rows` are there; columns beyond the end and missing rows are zeros.
   static __device__ __forceinline__ void ask(u32 room, const Matrix& w, const Pieces& mine, int group, int span, int rows,
-                                             int begin, int end) {
+                                             int2 overflow) {
     const int lane = threadIdx.x % LANES, words = w.columns / 32, columns = words - 4 * span;  // words that are there
     const i64 index = (i64)(ROWS * group) * words + 4 * span;
     const char* values = (const char*)(w.values + SLOTS * index);
@@ -248,11 +290,10 @@ struct Words {
     }
     copy<4>(room + MASK + 4 * lane, (const char*)(w.mask + index) + mine.mask, lane / 4 < rows && lane % 4 < columns);
     if constexpr (OVERFLOW) {
+      const u32* from = w.overflow + overflow.x + lane % 4;
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (begin + LANES * i + lane < end)
-          copy<4>(room + EXTRA + 4 * (LANES * i + lane), w.overflow + begin + LANES * i + lane);
-      if (lane == 0) store8(room + RANGE, begin, end - begin);
+      for (int i = 0; i < ENTRIES; i++)
+        copy<4>(room + EXTRA + 4 * (LANES * i + lane), from + 4 * i, overflow.x + lane % 4 + 4 * i < overflow.y);
     }
   }
   __device__ __forceinline__ void take(u32 room) {
@@ -270,10 +311,8 @@ struct Words {
       }
     }
     if constexpr (OVERFLOW) {
-      const uint2 range = load8(room + RANGE);
-      begin = range.x, count = range.y;
 #pragma unroll
-      for (int i = 0; i < 2; i++) extra[i] = load4(room + EXTRA + 4 * (LANES * i + lane));
+      for (int i = 0; i < ENTRIES; i++) entries[i] = load4(room + EXTRA + 4 * (LANES * i + lane));
     }
   }
 };
@@ -282,11 +321,12 @@ struct Words {
 // of its own, and no walk gets into another's way.
 __device__ __forceinline__ u32 inside(int column) { return column * 66 & 0x782; }  // of a lane's; any number is safe
 
-// A warp writes its words of N tiles, dense, to `tiles`, whose addresses TILE divides. What a word has at its ends is walked
-// from both, which are two chains of instructions then that do not wait for each other. Where no bit is left, `inside` of
-// what is found is column 0 or 31, and the value is what belongs there: see formats/slots.py.
+// A warp writes its words of N tiles, the `groups`th eight rows of a span, dense to `tiles`, whose addresses TILE divides.
+// A word is walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds
+// no bit, `inside` of that is column 0 or 31, and the value is what belongs there: see formats/slots.py.
 template <int N, int SLOTS, bool OVERFLOW>
-__device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const u32 (&tiles)[N]) {
+__device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const int (&groups)[N],
+                                       int span, const u32 (&tiles)[N]) {
   const int lane = threadIdx.x % LANES;
   u32 down[N], up[N], own[N];
 #pragma unroll
@@ -306,15 +346,21 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
       store2(own[k] | inside(last), half(words[k].values[m / 2], m));
       store2(own[k] | inside(31 - first), half(words[k].values[n / 2], n));
     }
-  if constexpr (OVERFLOW) {  // whose words these are does not matter
-    auto put = [&](u32 tile, u32 entry) { store2(tile | entry >> 19 & 0x7c | inside(entry >> 16 & 31), entry); };
+  if constexpr (OVERFLOW) {  // a row's four lanes share its entries, whose words these are does not matter
+    auto put = [&](u32 tile, u32 entry) {
+      store2(tile | 16 * (lane / 4) | entry >> 19 & 12 | inside(entry >> 16 & 31), entry);
+    };
+    constexpr int ENTRIES = Words<SLOTS, OVERFLOW>::ENTRIES;
 #pragma unroll
     for (int k = 0; k < N; k++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (LANES * i + lane < words[k].count) put(tiles[k], words[k].extra[i]);
-      for (int i = 2 * LANES + lane; i < words[k].count; i += LANES)
-        put(tiles[k], load_once(w.overflow + words[k].begin + i));
+      for (int i = 0; i < ENTRIES; i++)
+        if (words[k].entries[i]) put(tiles[k], words[k].entries[i]);
+      if (lane % 4 == 3 && words[k].entries[ENTRIES - 1]) {
+        const int* start = start_of(w, ROWS * groups[k] + lane / 4, span);
+#pragma unroll 1
+        for (int i = __ldg(start) + 4 * ENTRIES; i < __ldg(start + 1); i++) put(tiles[k], load_once(w.overflow + i));
+      }
     }
     __syncwarp();
   }
@@ -348,8 +394,8 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0), warps = blockDim.x / LANES;
-  const int groups = (w.rows + ROWS - 1) / ROWS, spans = (w.columns + SPAN - 1) / SPAN;
-  const int first = (i64)groups * blockIdx.x / gridDim.x, last = (i64)groups * (blockIdx.x + 1) / gridDim.x;
+  const int spans = (w.columns + SPAN - 1) / SPAN;
+  const int first = first_of(call, blockIdx.x), last = first_of(call, blockIdx.x + 1);
   const int passes = (last - first + PASS - 1) / PASS, size = ((last - first + passes - 1) / passes + 1) / 2 * 2;
   const int first_token = blockIdx.y * 8 * TOKEN_TILES;
   const u32 sums = (address(memory) + TILE - 1) / TILE * TILE, tiles = sums + warp * 2 * TILE;  // one or the other
@@ -358,23 +404,26 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
 
   const typename Word::Pieces pieces(w, lane);
   auto room = [&](int unit, int k) { return rooms + (unit % AHEAD * 2 + k) * Word::ROOM; };
-  auto seek = [&](int pass, int span) {  // where overflow begins and ends: lanes 2 i and 2 i + 1 know it for group i
-    const int group = pass + lane / 2;
-    return OVERFLOW && lane < 2 * PASS && group < last && span < spans ? __ldg(starts_of(w, group, span) + lane % 2) : 0;
+  int2 starts[2];  // of the unit that is asked for next
+  auto seek = [&](int unit, int pass, int span) INLINE {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int group = pass + 2 * unit + k;
+      starts[k] = Word::seek(w, group, span, 2 * unit < size && group < last && span < spans);
+    }
   };
-  auto ask = [&](int unit, int pass, int span, int starts) INLINE {
+  auto ask = [&](int unit, int pass, int span) INLINE {
     if (2 * unit < size && pass + 2 * unit < last && span < spans)
 #pragma unroll
       for (int k = 0; k < 2; k++) {
-        const int i = 2 * unit + k, group = pass + i, rows = group < last ? w.rows - ROWS * group : 0;
-        const int begin = OVERFLOW ? from_lane(starts, 2 * i) : 0, end = OVERFLOW ? from_lane(starts, 2 * i + 1) : 0;
-        Word::ask(room(unit, k), w, pieces, group, span, rows, begin, end);
+        const int group = pass + 2 * unit + k, rows = group < last ? w.rows - ROWS * group : 0;
+        Word::ask(room(unit, k), w, pieces, group, span, rows, starts[k]);
       }
     commit_copies();
   };
-  int starts = seek(first, warp);
 #pragma unroll
-  for (int unit = 0; unit < AHEAD; unit++) ask(unit, first, warp, starts);
+  for (int unit = 0; unit < AHEAD; unit++) seek(unit, first, warp), ask(unit, first, warp);
+  seek(AHEAD, first, warp);
   if (PAIRS) {
     write_selectors(table);
     __syncthreads();
@@ -386,7 +435,7 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
     for (int span = warp; span < spans; span += warps) {
       const bool more = span + warps < spans;
       const int next_pass = more ? pass : pass + size, next_span = more ? span + warps : warp;
-      const int next_starts = seek(next_pass, next_span), column = SPAN * span + lane % 4 * 32;
+      const int column = SPAN * span + lane % 4 * 32;
       u32 x[TOKEN_TILES][16];
 #pragma unroll
       for (int k = 0; k < TOKEN_TILES; k++) {
@@ -406,10 +455,13 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
         __syncwarp();
         if (2 * unit < count) words[0].take(room(unit, 0)), words[1].take(room(unit, 1));
         __syncwarp();
-        if (unit + AHEAD < UNITS) ask(unit + AHEAD, pass, span, starts);
-        else ask(unit + AHEAD - UNITS, next_pass, next_span, next_starts);
+        if (unit + AHEAD < UNITS) ask(unit + AHEAD, pass, span);
+        else ask(unit + AHEAD - UNITS, next_pass, next_span);
+        if (unit + AHEAD + 1 < UNITS) seek(unit + AHEAD + 1, pass, span);
+        else seek(unit + AHEAD + 1 - UNITS, next_pass, next_span);
         if (2 * unit >= count) continue;
-        if constexpr (!PAIRS) spread<2>(w, words, {tiles, tiles + TILE});
+        const int group = pass + 2 * unit;
+        if constexpr (!PAIRS) spread<2>(w, words, {group, group + 1}, span, {tiles, tiles + TILE});
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           uint2 a[2];  // of each tile four columns
@@ -426,33 +478,25 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
             mma<BF16>(sum[unit][k], a[0].x, a[1].x, a[0].y, a[1].y, x[k][2 * i], x[k][2 * i + 1]);
         }
       }
-      starts = next_starts;
     }
-    float4* all = (float4*)(memory + (sums - address(memory)));  // [warp][unit][tokens][lane]
+    float* all = (float*)(memory + (sums - address(memory)));  // [warp][unit][tokens][lane][4]
+    constexpr int EACH = TOKEN_TILES * LANES * 4;              // of a unit
     __syncthreads();
 #pragma unroll
-    for (int unit = 0; unit < UNITS; unit++)
-#pragma unroll
-      for (int k = 0; k < TOKEN_TILES; k++) {
-        const float* mine = sum[unit][k];
-        all[((warp * UNITS + unit) * TOKEN_TILES + k) * LANES + lane] = make_float4(mine[0], mine[1], mine[2], mine[3]);
-      }
+    for (int i = 0; i < UNITS * TOKEN_TILES; i++) {
+      const float* mine = sum[i / TOKEN_TILES][i % TOKEN_TILES];
+      ((float4*)all)[(warp * UNITS * TOKEN_TILES + i) * LANES + lane] = make_float4(mine[0], mine[1], mine[2], mine[3]);
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < (count + 1) / 2 * TOKEN_TILES * LANES; i += blockDim.x) {
-      float total[4] = {};
-      for (int other = 0; other < warps; other++) {
-        const float4 part = all[other * UNITS * TOKEN_TILES * LANES + i];
-        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
-      }
-      const int token = first_token + i / LANES % TOKEN_TILES * 8 + lane % 4 * 2;
-      const int group = pass + i / LANES / TOKEN_TILES * 2;
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const int row = ROWS * (group + c / 2) + lane / 4;
-        if (group + c / 2 >= last || row >= w.rows || token + c % 2 >= call.tokens) continue;
-        const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
-        call.y[(i64)(token + c % 2) * w.rows + row] = rounded<BF16>(total[c] + bias);
-      }
+    for (int i = threadIdx.x; i < (count + 1) / 2 * EACH; i += blockDim.x) {
+      const int unit = i / EACH, tile = i / (4 * LANES) % TOKEN_TILES, at = i / 4 % LANES, c = i % 4;
+      const int token = first_token + 8 * tile + at % 4 * 2 + c % 2, group = pass + 2 * unit + c / 2;
+      const int row = ROWS * group + at / 4;
+      if (group >= last || row >= w.rows || token >= call.tokens) continue;
+      float total = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
+#pragma unroll 4
+      for (int other = 0; other < warps; other++) total += all[other * UNITS * EACH + i];
+      call.y[(i64)token * w.rows + row] = rounded<BF16>(total);
     }
     __syncthreads();  // before tiles are written again
   }
@@ -500,16 +544,13 @@ __global__ void arrange(const Call call) {
 struct Part {
   int spans, from, tile, at, stop;  // in spans; `at` and `stop` in the tile's piece
 
-  static __device__ __forceinline__ int begin(const Call& call, int block) {
-    return block * call.each + min(block, call.rest);
-  }
   static __device__ __forceinline__ int block_of(const Call& call, int step) {
     const int longer = call.rest * (call.each + 1);
     return step < longer ? step / (call.each + 1) : call.rest + (step - longer) / call.each;
   }
   __device__ __forceinline__ Part(const Call& call, int spans, int block) : spans(spans) {
-    from = begin(call, block);
-    stop = begin(call, block + 1);
+    from = first_of(call, block);
+    stop = first_of(call, block + 1);
     enter();
   }
   __device__ __forceinline__ void enter() {  // the tile before `stop`
@@ -607,24 +648,22 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
   const int mine = warp - 4 * GROUPS;
   const typename Word::Pieces pieces(w, lane);
   int span, group, more = 0;  // of what is asked for next, and how often before the tile of y ends
-  int starts;                 // and where its overflow begins and ends: lanes 2 i and 2 i + 1 know it for tile i
+  int2 starts[WORDS];         // and where its overflow is
   auto room = [&](int slot, int i) { return asked + ((slot * EXPANDERS + mine) * WORDS + i) * Word::ROOM; };
   auto seek = [&]() INLINE {
     if (more == 0 && later.is_left()) {
       span = later.span(), group = later.tile / token_tiles * (8 * GROUPS) + mine, more = later.stop - later.at;
       later.leave();
     }
-    const int here = group + EXPANDERS * (lane / 2);
-    if (OVERFLOW && more && lane < 2 * WORDS && ROWS * here < w.rows) starts = __ldg(starts_of(w, here, span) + lane % 2);
-    else starts = 0;
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) starts[i] = Word::seek(w, group + EXPANDERS * i, span, more);
   };
   auto ask = [&](int slot) INLINE {
     if (more) {
 #pragma unroll
       for (int i = 0; i < WORDS; i++) {
-        const int begin = OVERFLOW ? from_lane(starts, 2 * i) : 0, end = OVERFLOW ? from_lane(starts, 2 * i + 1) : 0;
         const int here = group + EXPANDERS * i;
-        Word::ask(room(slot, i), w, pieces, here, span, w.rows - ROWS * here, begin, end);
+        Word::ask(room(slot, i), w, pieces, here, span, w.rows - ROWS * here, starts[i]);
       }
       span++, more--;
       seek();
@@ -647,14 +686,18 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
 
   if (mine >= 0) {
     const char* x;  // of the next step
-    auto expand = [&](const Word (&words)[WORDS]) {
+    auto expand = [&](const Word (&words)[WORDS], int span) {
       const u32 stored = tiles + stage * (W + X), ready = full + 8 * stage;
       wait_barrier(empty + 8 * stage, turn ^ 1);
       if (mine == 0 && lane == 0) copy_many(stored + W, x, X, ready);
       x += X;
       u32 to[WORDS];
+      int groups[WORDS];
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) to[i] = stored + (mine + EXPANDERS * i) * TILE;
+      for (int i = 0; i < WORDS; i++) {
+        to[i] = stored + (mine + EXPANDERS * i) * TILE;
+        groups[i] = now.tile / token_tiles * (8 * GROUPS) + mine + EXPANDERS * i;
+      }
       if constexpr (PAIRS) {
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -665,7 +708,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
             store4(to[k] + 4 * lane + 2 * BLOCK * i + BLOCK, pairs.y);
           }
       } else {
-        spread<WORDS>(w, words, to);
+        spread<WORDS>(w, words, groups, span, to);
       }
       publish_stores();
       __syncwarp();
@@ -683,7 +726,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
         for (int i = 0; i < WORDS; i++) words[i].take(room(slot, i));
         __syncwarp();
         ask(slot);
-        expand(words);
+        expand(words, now.stop - left - now.tile * spans);
         if (++slot == AHEAD) slot = 0;
       }
     }
@@ -731,9 +774,8 @@ __global__ void __launch_bounds__(256) expand(const Call call) {
   int i = blockIdx.x * warps + warp;
   auto ask = [&](int i) {
     if (i < total) {
-      const int* starts = OVERFLOW ? w.starts + i : 0;
-      const int group = i / spans, begin = OVERFLOW ? __ldg(starts) : 0, end = OVERFLOW ? __ldg(starts + 1) : 0;
-      Word::ask(room, w, pieces, group, i % spans, w.rows - ROWS * group, begin, end);
+      const int group = i / spans, span = i % spans;
+      Word::ask(room, w, pieces, group, span, w.rows - ROWS * group, Word::seek(w, group, span, true));
     }
     commit_copies();
   };
@@ -745,7 +787,7 @@ __global__ void __launch_bounds__(256) expand(const Call call) {
     words[0].take(room);
     __syncwarp();
     ask(i + stride);
-    spread<1>(w, words, {tile});
+    spread<1>(w, words, {i / spans}, i % spans, {tile});
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < 4; j++) {  // 8 columns for each lane: two rows

@@ -22,12 +22,13 @@ TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
 
 
 class Launch(NamedTuple):
-    """A kernel by its name in cuda.cu, and the blocks that run it; `shared` is in bytes."""
+    """A kernel by its name in cuda.cu, and the blocks that run it and share out `work`; `shared` is in bytes."""
 
     kernel: str
     grid: tuple[int, int]
     threads: int
     shared: int
+    work: int = 0
     tile: int = 0  # `stream` and its `arrange` only: how many tokens it takes at a time, and times 64 rows
     groups: int = 0
 
@@ -97,14 +98,18 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
-    if tokens <= 2 and not layout.overflow:
+    if tokens <= 2:
         launch = gather(layout, tokens, processors)
         if launch.shared <= most_shared:
             return launch
     if hopper and tokens > 16:
         tile = next(tile for tile in TILES if tokens <= tile or tile == TILES[-1])
         return stream(layout, tokens, 1 if tile <= 64 else 2, tile, processors)
-    launches = (multiply(layout, tokens, processors, warps) for warps in (16, 12, 8, 4, 2))
+    several = rows >= 64 * processors  # groups of 8 rows for each: two blocks of 8 warps share these out more evenly
+    launches = (
+        multiply(layout, tokens, processors * (2 if several else 1), warps)
+        for warps in ((8, 6, 4, 2) if several else (16, 12, 8, 4, 2))
+    )
     return next((launch for launch in launches if launch.shared <= most_shared), None)
 
 
@@ -112,23 +117,24 @@ def gather(layout: Layout, tokens: int, processors: int, warps: int = 16, blocks
     """`gather` with so many warps in a block, and blocks for each processor."""
     staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
     warps = min(warps, -(-layout.rows // (blocks * processors)))
-    shared = 33 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1) + 4 * warps * staged
+    shared = 34 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1) + 4 * warps * staged
     grid = min(-(-layout.rows // warps), blocks * processors), 1
-    return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.slots}>", grid, 32 * warps, shared)
+    return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", grid, 32 * warps, shared, layout.rows)
 
 
 def multiply(layout: Layout, tokens: int, processors: int, warps: int = 16) -> Launch:
     """`multiply` with so many warps in a block."""
-    token_tiles = 1 if tokens <= 8 else 2
+    token_tiles, groups = 1 if tokens <= 8 else 2, -(-layout.rows // 8)
     table, tiles = (128, 0) if layout.pairs else (0, 2 * TILE)
     shared = TILE + table + warps * (max(tiles, 2048 * token_tiles) + 4 * _room(layout))
     kernel = f"multiply<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{token_tiles}>"
-    return Launch(kernel, (min(-(-layout.rows // 8), processors), -(-tokens // (8 * token_tiles))), 32 * warps, shared)
+    grid = min(groups, processors), -(-tokens // (8 * token_tiles))
+    return Launch(kernel, grid, 32 * warps, shared, groups)
 
 
 def _room(layout: Layout) -> int:
     """Bytes of a tile on its way: `Words::ROOM`."""
-    return 64 * layout.slots + 256 + (272 if layout.overflow else 0)
+    return 64 * layout.slots + 256 + (384 if layout.overflow else 0)
 
 
 def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int) -> Launch:
@@ -140,7 +146,7 @@ def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int)
     steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // slots.SPAN)
     blocks = max(1, min(steps // 2, processors * (1 if tile > 64 else 2)))
     shared = TILE + stages * (TILE // 8 * (rows + tile) + 16) + 128 + asked
-    return Launch(kernel, (blocks, 1), 384, shared, tile, groups)
+    return Launch(kernel, (blocks, 1), 384, shared, steps, tile, groups)
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -155,7 +161,7 @@ def expand(matrix: Matrix) -> Tensor:
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
-    blocks = min(-(-slots.tiles(rows, in_features) // 8), 8 * processors)
+    blocks = min(-(-(-(-rows // 8)) * -(-in_features // slots.SPAN) // 8), 8 * processors)
     shared = TILE + 8 * (TILE + _room(matrix.layout))
     _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, shared), matrix, None, None, dense)
     return dense
@@ -175,11 +181,11 @@ class _Call(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("tokens", ctypes.c_int32),
+        ("each", ctypes.c_int32),
+        ("rest", ctypes.c_int32),
         ("count", ctypes.c_int32),
         ("flags", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
-        ("each", ctypes.c_int32),
-        ("rest", ctypes.c_int32),
     )
 
 
@@ -200,10 +206,10 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
     if bias is not None:
         bias = aligned(bias)
         call.bias = bias.data_ptr()
+    call.each, call.rest = divmod(launch.work, launch.grid[0])
     device = y.get_device()
     if launch.tile:
         spans, tiles = -(-columns // slots.SPAN), -(-tokens // launch.tile)
-        call.each, call.rest = divmod(-(-rows // (64 * launch.groups)) * tiles * spans, launch.grid[0])
         call.count = launch.grid[0] * launch.groups
         arranged, sums = 2 * tiles * launch.tile * spans * slots.SPAN, call.count * 64 * launch.tile * 4
         scratch = y.new_empty(arranged + sums + 4 * call.count, dtype=torch.uint8)
@@ -217,7 +223,7 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
 @functools.lru_cache(maxsize=1024)
 def _arrange(tile: int, spans: int, tiles: int) -> Launch:
     """What writes x as `stream` wants it."""
-    return Launch(f"arrange<{tile}>", (-(-spans // 4), tiles * tile // 8), 128, 0, tile)
+    return Launch(f"arrange<{tile}>", (-(-spans // 4), tiles * tile // 8), 128, 0, 0, tile)
 
 
 def aligned(tensor: Tensor) -> Tensor:

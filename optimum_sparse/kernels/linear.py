@@ -43,6 +43,8 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tu
     if device.type == "cuda":
         problem = cuda.refuses(device, dtype, in_features)
         even = slots.even_slots(pattern, in_features)
+        if not problem and not even and in_features > slots.MOST_COLUMNS:
+            problem = f"more than {slots.MOST_COLUMNS} inputs"
         if problem:
             return Choice("reference", problem)
         pairs = _are_pairs(pattern, even)
@@ -77,7 +79,7 @@ def wanted_layout(device: torch.device, dtype: torch.dtype, pattern: Pattern, sh
         return None
     even = slots.even_slots(pattern, in_features)
     if not even:
-        return "slots"
+        return "slots" if in_features <= slots.MOST_COLUMNS else None
     pairs = _are_pairs(pattern, even)
     return "cusparselt" if pairs and cusparselt.usable(_index(device), dtype, *shape) else None
 
@@ -248,7 +250,7 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     if weight.dim() > 2:
         if overflow is None or starts is None:
             raise ValueError(f"weight is {_describe(weight)}, in slots: overflow and starts belong to it.")
-        shape = (slots.tiles(rows, in_features) + 1,)
+        shape = (rows * -(-in_features // slots.SPAN) + 1,)
         if weight.dim() != 3 or in_features % 32 or weight.shape[1] != in_features // 32 or weight.shape[2] % 4:
             raise ValueError(f"weight is {_describe(weight)}: must be [{rows}, {in_features / 32:g}, 4 n].")
         if overflow.dtype != torch.int32 or starts.dtype != torch.int32 or starts.shape != shape:

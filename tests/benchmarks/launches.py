@@ -79,7 +79,7 @@ def clone(matrix: cuda.Matrix) -> cuda.Matrix:
 def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
     processors, most_shared = cuda._limits(0)
     launches = []
-    if tokens <= 4 and not layout.overflow:
+    if tokens <= 4:
         shapes = ((8, 4), (8, 6), (16, 1), (16, 2), (16, 3))
         launches += [cuda.gather(layout, tokens, processors, warps, blocks) for warps, blocks in shapes]
     if tokens <= 64:

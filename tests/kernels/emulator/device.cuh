@@ -31,6 +31,10 @@ using std::min;
 struct alignas(8) uint2 {
   u32 x, y;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };

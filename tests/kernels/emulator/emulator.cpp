@@ -6,19 +6,18 @@
 
 #define ENTRY(...) \
   if (name == #__VA_ARGS__) return launch(x, y, threads, shared, [&] { __VA_ARGS__(call); }), true;
-#define EVEN(BF16, SLOTS, PAIRS)                                                               \
-  ENTRY(gather<BF16,1,SLOTS>) ENTRY(gather<BF16,2,SLOTS>) ENTRY(gather<BF16,4,SLOTS>)          \
-  MULTIPLY(BF16, SLOTS, false, PAIRS)
-#define MULTIPLY(BF16, SLOTS, OVERFLOW, PAIRS)                                                 \
-  ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,1>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,2>)    \
-  ENTRY(expand<SLOTS,OVERFLOW>)
+#define PER_SLOTS(BF16, SLOTS, OVERFLOW, PAIRS)                                                \
+  ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                    \
+  ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,1>)            \
+  ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,2>) ENTRY(expand<SLOTS,OVERFLOW>)
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>)                                                    \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
 #define PER_TYPE(BF16)                                                                         \
-  EVEN(BF16, 16, true) EVEN(BF16, 16, false) EVEN(BF16, 24, false)                             \
-  MULTIPLY(BF16, 16, true, false) MULTIPLY(BF16, 12, true, false) MULTIPLY(BF16, 4, true, false)
+  PER_SLOTS(BF16, 16, false, true) PER_SLOTS(BF16, 16, false, false)                           \
+  PER_SLOTS(BF16, 24, false, false) PER_SLOTS(BF16, 16, true, false)                           \
+  PER_SLOTS(BF16, 12, true, false) PER_SLOTS(BF16, 4, true, false)
 
 // False if there is no kernel of this name.
 extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, const Call& call) {
