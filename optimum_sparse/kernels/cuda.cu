@@ -21,8 +21,8 @@
 struct Matrix {
   const u16* values;    // [rows, columns / 32, SLOTS]
   const u32* mask;      // [rows, columns / 32]
-  const u32* overflow;  // column << 16 | value, by row and column
-  const int* starts;    // [rows, columns / SPAN, rounded up] + 1: where the overflow of each span of a row begins
+  const u32* overflow;  // row % ROWS << 29 | column % 2^13 << 16 | value, tile by tile, by row and column
+  const int* starts;    // [rows / ROWS, columns / SPAN, both rounded up] + 1: where the overflow of each tile begins
   int rows, columns;
 };
 
@@ -40,9 +40,9 @@ struct Call {
 };
 __device__ __forceinline__ int first_of(const Call& call, int block) { return block * call.each + min(block, call.rest); }
 
-constexpr int SPAN = 128;  // columns
-__device__ __forceinline__ const int* start_of(const Matrix& w, int row, int span) {
-  return w.starts + (i64)row * ((w.columns + SPAN - 1) / SPAN) + span;
+constexpr int ROWS = 8, SPAN = 128;  // of a tile of W: rows, columns
+__device__ __forceinline__ const int* start_of(const Matrix& w, int group, int span) {
+  return w.starts + (i64)group * ((w.columns + SPAN - 1) / SPAN) + span;
 }
 
 // ---- gather
@@ -130,67 +130,80 @@ __device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16*
   }
 }
 
-// A block has some rows, and each of its warps as many steps of these as the others: a warp may begin and end within a
-// row. The next step is on its way meanwhile.
+// What overflow adds to the rows of a block, PARTS of each eight rows' columns: sums [eight rows][part][row][TOKENS]. Warps
+// take parts, and lanes entries, whose rows may be any of the eight.
+constexpr int PARTS = 8;
+template <bool BF16, int TOKENS>
+__device__ void gather_overflow(const Matrix& w, const u32* staged, float* sums) {
+  const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES, spans = (w.columns + SPAN - 1) / SPAN;
+  for (int i = threadIdx.x / LANES;; i += warps) {
+    const int part = i % PARTS, eight = i / PARTS, each = warps / ROWS;  // eights of rows in a round of all blocks
+    const int group = (eight / each * gridDim.x + blockIdx.x) * each + eight % each;
+    if (ROWS * group >= w.rows) break;
+    const int span = spans * part / PARTS, end = __ldg(start_of(w, group, spans * (part + 1) / PARTS));
+    float sum[ROWS][TOKENS] = {};
+#pragma unroll 4
+    for (int j = __ldg(start_of(w, group, span)) + lane; j < end; j += LANES) {
+      const u32 entry = load_once(w.overflow + j);
+      const int column = SPAN * span + ((int)(entry >> 16) - SPAN * span & 8191);
+      if (column >= w.columns) continue;  // damaged
+      float here[TOKENS] = {};
+      add<BF16, TOKENS>(low<BF16>(entry), staged + (TOKENS == 4 ? 2 : 1) * place(column / 32, column % 32), here);
+#pragma unroll
+      for (int row = 0; row < ROWS; row++)
+#pragma unroll
+        for (int token = 0; token < TOKENS; token++) sum[row][token] += entry >> 29 == row ? here[token] : 0.0f;
+    }
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) {  // four lanes get a row each
+      float four[4], two[2];
+#pragma unroll
+      for (int row = 0; row < 4; row++) four[row] = swap_half<16>(sum[row][token], sum[row + 4][token]);
+#pragma unroll
+      for (int row = 0; row < 2; row++) two[row] = swap_half<8>(four[row], four[row + 2]);
+      float one = swap_half<4>(two[0], two[1]);
+      one += from_neighbour(one, 2), one += from_neighbour(one, 1);
+      if (lane % 4 == 0) sums[(i * ROWS + lane / 4) * TOKENS + token] = one;
+    }
+  }
+}
+
+// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
-__global__ void __launch_bounds__(512) gather(const Call call) {
+__global__ void __launch_bounds__(512, TOKENS == 1 ? 3 : 2) gather(const Call call) {
   SHARED(memory);
   constexpr int EACH = TOKENS == 4 ? 2 : 1;
   const Matrix& w = call.w;
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP, spans = (w.columns + SPAN - 1) / SPAN;
-  const int first = first_of(call, blockIdx.x), units = (first_of(call, blockIdx.x + 1) - first) * steps;
-  auto begin = [&](int warp) { return units * warp / warps; };
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, stride = gridDim.x * (blockDim.x / LANES);
+  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
+  int row = blockIdx.x * (blockDim.x / LANES) + warp, step = 0;
   u32* staged = (u32*)memory;
-  float* parts = (float*)(staged + EACH * steps * STAGED);  // [warp][TOKENS], of a row that the warp did not begin
-  int left = begin(warp + 1) - begin(warp), row = first + begin(warp) / steps, step = begin(warp) % steps;
-
-  int next_row = row, next_step = step, ahead = left;  // what is asked for next
-  u32 bits, values[SLOTS / 2];                         // what was
-  int extra = 0, extra_end = 0, next_extra = 0, next_end = 0;  // and the overflow of both
-  auto seek = [&] {
-    if (!OVERFLOW) return;
-    next_extra = next_end = 0;
-    if (ahead <= 0) return;
-    next_extra = __ldg(start_of(w, next_row, STEP / 4 * next_step));
-    next_end = __ldg(start_of(w, next_row, min(spans, STEP / 4 * (next_step + 1))));
-  };
-  u32 entries[2];
+  const float* overflow = (const float*)(staged + EACH * steps * STAGED);
+  u32 bits, values[SLOTS / 2];
   auto fetch = [&] {
-    const int at = next_step * STEP + lane;
-    const bool there = ahead-- > 0 && at < words;
-    const i64 index = (i64)next_row * words + at;
+    const int at = step * STEP + lane;
+    const bool there = row < w.rows && at < words;
+    const i64 index = (i64)row * words + at;
     bits = there ? load_once(w.mask + index) : 0;
     load_values<SLOTS>(values, w.values + SLOTS * index, there);
-    if (++next_step == steps) next_step = 0, next_row++;
-    if (!OVERFLOW) return;
-    extra = next_extra + lane, extra_end = next_end;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (extra + LANES * i < extra_end) entries[i] = load_once(w.overflow + extra + LANES * i);
-    seek();  // which `fetch` of that step must not wait for
   };
-  seek();
   fetch();  // before x is staged: the first weights take longest
   spread_x<BF16, TOKENS>(call, staged);
   __syncthreads();
+  if constexpr (OVERFLOW) {
+    gather_overflow<BF16, TOKENS>(w, staged, (float*)overflow);
+    __syncthreads();
+    overflow += ((warp / ROWS * PARTS + lane) * ROWS + warp % ROWS) * TOKENS;
+  }
 
   float sum[TOKENS] = {};
-  auto finish = [&](int row) {
-    if (lane) return;
-    const float bias = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
-#pragma unroll
-    for (int token = 0; token < TOKENS; token++)
-      if (token < call.tokens) call.y[(i64)token * w.rows + row] = rounded<BF16>(sum[token] + bias);
-  };
-  bool begun = step == 0;  // by this warp
-  for (; left; left--) {
-    u32 bits_now = bits, now[SLOTS / 2], entries_now[2];
+  while (row < w.rows) {
+    u32 bits_now = bits, now[SLOTS / 2];
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
-    entries_now[0] = entries[0], entries_now[1] = entries[1];
-    const int extra_now = extra, end_now = extra_end;
+    const int here = row;
     const u32 *from_first = staged + EACH * place(step * STEP + lane, 0), *from_last = from_first + EACH * STEP_ROW * 31;
+    if (++step == steps) step = 0, row += stride;
     fetch();
     auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
 #pragma unroll
@@ -206,47 +219,30 @@ __global__ void __launch_bounds__(512) gather(const Call call) {
       bits_now ^= bit_after(zeros);
       add<BF16, TOKENS>(value(i), from_first + EACH * STEP_ROW * zeros, sum);
     }
+    if (step) continue;
     if constexpr (OVERFLOW) {
-      auto add_entry = [&](u32 entry) {
-        const int column = entry >> 16;
-        if (column < w.columns) add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * place(column / 32, column % 32), sum);
-      };
+      if (lane < PARTS)
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (extra_now + LANES * i < end_now) add_entry(entries_now[i]);
-#pragma unroll 1
-      for (int i = extra_now + 2 * LANES; i < end_now; i += LANES) add_entry(load_once(w.overflow + i));
+        for (int token = 0; token < TOKENS; token++) sum[token] += overflow[token];
+      overflow += blockDim.x / LANES * PARTS * TOKENS;
     }
-    const bool whole = ++step == steps;
-    if (!whole && left > 1) continue;
+    const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
 #pragma unroll
-    for (int token = 0; token < TOKENS; token++) sum[token] = add_up(sum[token]);
-    if (begun && !whole) break;  // others have the rest of the row
-    if (begun) finish(row);
-    else if (lane == 0)
-      for (int token = 0; token < TOKENS; token++) parts[warp * TOKENS + token] = sum[token];
-#pragma unroll
-    for (int token = 0; token < TOKENS; token++) sum[token] = 0;
-    begun = whole, step = 0, row++;
+    for (int token = 0; token < TOKENS; token++) {
+      sum[token] = add_up(sum[token]);
+      if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
+      sum[token] = 0;
+    }
   }
-  __syncthreads();
-  if (!left || !begun) return;
-  const int end = (row - first + 1) * steps;
-  for (int other = warp + 1; other < warps && begin(other) < end; other++)
-#pragma unroll
-    for (int token = 0; token < TOKENS; token++)
-      if (begin(other) < begin(other + 1)) sum[token] += parts[other * TOKENS + token];
-  finish(row);
 }
 
-// ---- tiles of W: 8 rows of 128 columns. A lane has one word of each: word lane % 4 of row lane / 4.
+// ---- tiles: a lane has one word of each, word lane % 4 of row lane / 4
 
-constexpr int ROWS = 8;
 constexpr int BLOCK = 128, TILE = 16 * BLOCK;  // bytes
 
 template <int SLOTS, bool OVERFLOW>
 struct Words {
-  static constexpr int ENTRIES = 3;  // of overflow, that lanes have of their row's: there are rarely more
+  static constexpr int ENTRIES = 2;  // of the tile's overflow, for each lane: there are rarely more
   u32 bits, values[SLOTS / 2], entries[ENTRIES];
 
   // Tiles come through shared memory, past the registers: any number of them may be on their way, where to wait for one
@@ -270,11 +266,10 @@ struct Words {
     }
   };
 
-  // Where the overflow of a lane's row begins and ends: `ask` of that tile comes later, and must not wait for it.
+  // Where a tile's overflow begins and ends: `ask` of that tile comes later, and must not wait for it.
   static __device__ __forceinline__ int2 seek(const Matrix& w, int group, int span, bool there) {
-    const int row = ROWS * group + threadIdx.x % LANES / 4;
-    if (!OVERFLOW || !there || row >= w.rows) return make_int2(0, 0);
-    const int* start = start_of(w, row, span);
+    if (!OVERFLOW || !there) return make_int2(0, 0);
+    const int* start = start_of(w, group, span);
     return make_int2(__ldg(start), __ldg(start + 1));
   }
   // `rows` are there; columns beyond the end and missing rows are zeros.
@@ -290,10 +285,10 @@ struct Words {
     }
     copy<4>(room + MASK + 4 * lane, (const char*)(w.mask + index) + mine.mask, lane / 4 < rows && lane % 4 < columns);
     if constexpr (OVERFLOW) {
-      const u32* from = w.overflow + overflow.x + lane % 4;
+      const int at = overflow.x + lane;
 #pragma unroll
       for (int i = 0; i < ENTRIES; i++)
-        copy<4>(room + EXTRA + 4 * (LANES * i + lane), from + 4 * i, overflow.x + lane % 4 + 4 * i < overflow.y);
+        copy<4>(room + EXTRA + 4 * (LANES * i + lane), w.overflow + at + LANES * i, at + LANES * i < overflow.y);
     }
   }
   __device__ __forceinline__ void take(u32 room) {
@@ -346,21 +341,20 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
       store2(own[k] | inside(last), half(words[k].values[m / 2], m));
       store2(own[k] | inside(31 - first), half(words[k].values[n / 2], n));
     }
-  if constexpr (OVERFLOW) {  // a row's four lanes share its entries, whose words these are does not matter
+  if constexpr (OVERFLOW) {  // whose words these are does not matter. 0 is none, or a zero that comes first
     auto put = [&](u32 tile, u32 entry) {
-      store2(tile | 16 * (lane / 4) | entry >> 19 & 12 | inside(entry >> 16 & 31), entry);
+      if (entry) store2(tile | entry >> 25 & 0x70 | entry >> 19 & 12 | inside(entry >> 16 & 31), entry);
     };
     constexpr int ENTRIES = Words<SLOTS, OVERFLOW>::ENTRIES;
 #pragma unroll
     for (int k = 0; k < N; k++) {
 #pragma unroll
-      for (int i = 0; i < ENTRIES; i++)
-        if (words[k].entries[i]) put(tiles[k], words[k].entries[i]);
-      if (lane % 4 == 3 && words[k].entries[ENTRIES - 1]) {
-        const int* start = start_of(w, ROWS * groups[k] + lane / 4, span);
+      for (int i = 0; i < ENTRIES; i++) put(tiles[k], words[k].entries[i]);
+      if (from_lane(words[k].entries[ENTRIES - 1], LANES - 1) == 0) continue;
+      const int* start = start_of(w, groups[k], span);
 #pragma unroll 1
-        for (int i = __ldg(start) + 4 * ENTRIES; i < __ldg(start + 1); i++) put(tiles[k], load_once(w.overflow + i));
-      }
+      for (int i = __ldg(start) + ENTRIES * LANES + lane; i < __ldg(start + 1); i += LANES)
+        put(tiles[k], load_once(w.overflow + i));
     }
     __syncwarp();
   }
@@ -656,7 +650,7 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       later.leave();
     }
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) starts[i] = Word::seek(w, group + EXPANDERS * i, span, more);
+    for (int i = 0; i < WORDS; i++) starts[i] = Word::seek(w, group + EXPANDERS * i, span, more && ROWS * (group + EXPANDERS * i) < w.rows);
   };
   auto ask = [&](int slot) INLINE {
     if (more) {

@@ -149,6 +149,13 @@ __device__ __forceinline__ float add_up(float x) {
   for (int distance = LANES / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
   return x;
 }
+__device__ __forceinline__ float from_neighbour(float x, int distance) { return __shfl_xor_sync(ALL, x, distance); }
+// Two numbers of each lane, the first added up over pairs of lanes in the first of these, the second in the other.
+template <int DISTANCE>
+__device__ __forceinline__ float swap_half(float first, float second) {
+  const bool other = threadIdx.x & DISTANCE;
+  return (other ? second : first) + from_neighbour(other ? first : second, DISTANCE);
+}
 __device__ __forceinline__ int from_lane(int x, int lane) { return __shfl_sync(ALL, x, lane); }
 
 // 8 x 8 numbers of 16 bits, of which each lane has two of row lane / 4: the same of the transposed matrix.

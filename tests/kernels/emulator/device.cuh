@@ -268,24 +268,17 @@ inline u64 (*exchange(T... mine))[6] {
   __syncwarp();
   return my_warp().lane;
 }
-template <int OVER = LANES, class T>
-inline T add_up(T x) {
-  for (int distance = OVER / 2; distance; distance /= 2) {
-    u32 bits;
-    std::memcpy(&bits, &x, 4);
-    bits = exchange(bits)[(threadIdx.x % LANES) ^ distance][0];
-    T other;
-    std::memcpy(&other, &bits, 4);
-    x += other;
-  }
+inline float from_neighbour(float x, int distance) {
+  return __uint_as_float(exchange(__float_as_uint(x))[(threadIdx.x % LANES) ^ distance][0]);
+}
+inline float add_up(float x) {
+  for (int distance = LANES / 2; distance; distance /= 2) x += from_neighbour(x, distance);
   return x;
 }
-template <int OVER>
-inline int add_before(int x) {
-  auto lanes = exchange(x);
-  int sum = 0;
-  for (int lane = threadIdx.x % LANES; lane % OVER; lane--) sum += (int)lanes[lane - 1][0];
-  return sum;
+template <int DISTANCE>
+inline float swap_half(float first, float second) {
+  const bool other = threadIdx.x & DISTANCE;
+  return (other ? second : first) + from_neighbour(other ? first : second, DISTANCE);
 }
 inline int from_lane(int x, int lane) { return (int)exchange(x)[lane][0]; }
 inline u32 transposed(u32 pair) {
