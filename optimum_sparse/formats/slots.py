@@ -9,8 +9,9 @@ find no value any more, and need not ask. At 50 %, with 16 slots, that is 1.27 b
 
     name      dtype        shape
     values    the model's  [out, in / 32, slots]: three dimensions, which values on disk never have
-    overflow  int32        [entries]: row % 8 << 29 | column % 8192 << 16 | the value's 16 bits, tile by tile
-    starts    int32        [tiles + 1]: where the entries of each tile of 8 rows and 128 columns begin, along the rows
+    overflow  int32        [entries + 4]: column << 16 | the value's 16 bits, row by row in column order, and zeros
+    starts    int32        [out / 8, in / 128 + 1, 8], rounded up: where the entries of each 128 columns of a row begin,
+                           and where the row's end
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core import NM, Pattern
 from .bitmask import unpack_bits
 
 
 SLOTS = (4, 8, 12, 16, 20, 24, 28, 32)
-ROWS, SPAN = 8, 128  # of a tile
+ROWS, SPAN = 8, 128  # of which kernels read the starts at a time
 MOST_COLUMNS = 2**16
 CHUNK = 2**24  # weights that are moved at a time: what the indices of this take is some hundred MB
 
@@ -43,9 +45,8 @@ def even_slots(pattern: Pattern, in_features: int) -> int:
     return 0
 
 
-def tiles(out_features: int, in_features: int) -> int:
-    """How many there are in a weight."""
-    return -(-out_features // ROWS) * -(-in_features // SPAN)
+def starts_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    return -(-out_features // ROWS), -(-in_features // SPAN) + 1, ROWS
 
 
 def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
@@ -60,7 +61,7 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
         )
     slots = _best_slots(mask, in_features)
     packed = values.new_zeros(len(mask), in_features // 32, slots)
-    overflow, starts = [], [torch.zeros(1, dtype=torch.int32, device=values.device)]
+    overflow, counts = [], []
     for rows, here, where in _moves(values.reshape(-1), mask, in_features, slots):
         words = packed[rows].view(-1, slots)
         for column, part in ((0, words[:, : slots // 2]), (31, words[:, slots // 2 :])):
@@ -70,10 +71,14 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
             fits = inside < slots // 2
             words[where.word[fits], slot[fits]] = here[fits]
         bits = here[where.overflow].view(torch.int16).int() & 0xFFFF
-        row, column = where.row[where.overflow].int(), where.column[where.overflow].int()
-        overflow.append(row << 29 | column % 2**13 << 16 | bits)
-        starts.append(where.counts)
-    return Slots(packed, torch.cat(overflow), torch.cat(starts).cumsum(0, dtype=torch.int32))
+        overflow.append(where.column[where.overflow].int() << 16 | bits)
+        counts.append(where.counts)
+    overflow.append(packed.new_zeros(4, dtype=torch.int32))
+    groups, spans, _ = starts_shape(len(mask), in_features)
+    each = F.pad(torch.cat(counts), (0, 1, 0, -len(mask) % ROWS))  # [row, span], and none after the last
+    ends = each.view(-1).cumsum(0, dtype=torch.int32).view_as(each)
+    starts = (ends - each).view(groups, ROWS, spans).transpose(1, 2).contiguous()
+    return Slots(packed, torch.cat(overflow), starts)
 
 
 def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
@@ -84,17 +89,16 @@ def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
     for rows, here, where in _moves(values, mask, in_features, slots):
         slot = torch.where(where.from_first < slots // 2, where.from_first, slots - 1 - where.from_last).clamp(min=0)
         here.copy_(packed.values[rows].view(-1, slots)[where.word, slot])
-        extra = packed.overflow[first : first + len(where.overflow)]
+        extra = packed.overflow[first : first + int(where.overflow.sum())]
         here[where.overflow] = extra.to(torch.int16).view(values.dtype)  # the low half
         first += len(extra)
     return values
 
 
 class _Where(NamedTuple):
-    """For the values of some rows: their rows, of the first, and columns, their words, and how many values of the word come
-    before and after; which of them have no slot, in the order of the list; and how many such each tile has."""
+    """For the values of some rows: their columns, their words, how many values of the word come before and after, and
+    whether there is no slot for them; and how many such there are in each span of a row."""
 
-    row: Tensor
     column: Tensor
     word: Tensor
     from_first: Tensor
@@ -105,22 +109,21 @@ class _Where(NamedTuple):
 
 def _moves(values: Tensor, mask: Tensor, in_features: int, slots: int) -> Iterator[tuple[slice, Tensor, _Where]]:
     """Some rows at a time, their values, and where these belong."""
-    first, height = 0, max(1, CHUNK // in_features // ROWS) * ROWS
+    first, height = 0, max(1, CHUNK // in_features)
     for begin in range(0, len(mask), height):
         rows = slice(begin, begin + height)
         keep = unpack_bits(mask[rows], in_features)
         counts = keep.view(-1, 32).sum(1)
         index = keep.view(-1).nonzero()[:, 0]
-        row, column, word = index // in_features, index % in_features, index // 32
-        rank, ends = torch.arange(len(index), device=mask.device), counts.cumsum(0)
+        word, rank, ends = index // 32, torch.arange(len(index), device=mask.device), counts.cumsum(0)
         from_first, from_last = rank - (ends - counts)[word], ends[word] - 1 - rank
-        overflow = ((from_first >= slots // 2) & (from_last >= slots // 2)).nonzero()[:, 0]
-        tile, order = (row[overflow] // ROWS * -(-in_features // SPAN) + column[overflow] // SPAN).sort(stable=True)
-        per_tile = tile.bincount(minlength=tiles(len(keep), in_features)).int()
+        over = (counts - slots).clamp(min=0).view(len(keep), -1)
+        spans = F.pad(over, (0, -over.shape[1] % (SPAN // 32))).view(len(keep), -1, SPAN // 32).sum(2).int()
+        overflow = (from_first >= slots // 2) & (from_last >= slots // 2)
         yield (
             rows,
             values[first : first + len(index)],
-            _Where(row, column, word, from_first, from_last, overflow[order], per_tile),
+            _Where(index % in_features, word, from_first, from_last, overflow, spans),
         )
         first += len(index)
 

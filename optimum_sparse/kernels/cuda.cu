@@ -21,8 +21,8 @@
 struct Matrix {
   const u16* values;    // [rows, columns / 32, SLOTS]
   const u32* mask;      // [rows, columns / 32]
-  const u32* overflow;  // row % ROWS << 29 | column % 2^13 << 16 | value, tile by tile, by row and column
-  const int* starts;    // [rows / ROWS, columns / SPAN, both rounded up] + 1: where the overflow of each tile begins
+  const u32* overflow;  // column << 16 | value, by row and column, and up to four more, so that fours can be read
+  const int* starts;    // [rows / ROWS][columns / SPAN + 1][ROWS], rounded up: where the overflow of a span of a row begins
   int rows, columns;
 };
 
@@ -41,8 +41,8 @@ struct Call {
 __device__ __forceinline__ int first_of(const Call& call, int block) { return block * call.each + min(block, call.rest); }
 
 constexpr int ROWS = 8, SPAN = 128;  // of a tile of W: rows, columns
-__device__ __forceinline__ const int* start_of(const Matrix& w, int group, int span) {
-  return w.starts + (i64)group * ((w.columns + SPAN - 1) / SPAN) + span;
+__device__ __forceinline__ const int* start_of(const Matrix& w, int row, int span) {
+  return w.starts + ((i64)(row / ROWS) * ((w.columns + SPAN - 1) / SPAN + 1) + span) * ROWS + row % ROWS;
 }
 
 // ---- gather
@@ -130,47 +130,9 @@ __device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16*
   }
 }
 
-// What overflow adds to the rows of a block, PARTS of each eight rows' columns: sums [eight rows][part][row][TOKENS]. Warps
-// take parts, and lanes entries, whose rows may be any of the eight.
-constexpr int PARTS = 8;
-template <bool BF16, int TOKENS>
-__device__ void gather_overflow(const Matrix& w, const u32* staged, float* sums) {
-  const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES, spans = (w.columns + SPAN - 1) / SPAN;
-  for (int i = threadIdx.x / LANES;; i += warps) {
-    const int part = i % PARTS, eight = i / PARTS, each = warps / ROWS;  // eights of rows in a round of all blocks
-    const int group = (eight / each * gridDim.x + blockIdx.x) * each + eight % each;
-    if (ROWS * group >= w.rows) break;
-    const int span = spans * part / PARTS, end = __ldg(start_of(w, group, spans * (part + 1) / PARTS));
-    float sum[ROWS][TOKENS] = {};
-#pragma unroll 4
-    for (int j = __ldg(start_of(w, group, span)) + lane; j < end; j += LANES) {
-      const u32 entry = load_once(w.overflow + j);
-      const int column = SPAN * span + ((int)(entry >> 16) - SPAN * span & 8191);
-      if (column >= w.columns) continue;  // damaged
-      float here[TOKENS] = {};
-      add<BF16, TOKENS>(low<BF16>(entry), staged + (TOKENS == 4 ? 2 : 1) * place(column / 32, column % 32), here);
-#pragma unroll
-      for (int row = 0; row < ROWS; row++)
-#pragma unroll
-        for (int token = 0; token < TOKENS; token++) sum[row][token] += entry >> 29 == row ? here[token] : 0.0f;
-    }
-#pragma unroll
-    for (int token = 0; token < TOKENS; token++) {  // four lanes get a row each
-      float four[4], two[2];
-#pragma unroll
-      for (int row = 0; row < 4; row++) four[row] = swap_half<16>(sum[row][token], sum[row + 4][token]);
-#pragma unroll
-      for (int row = 0; row < 2; row++) two[row] = swap_half<8>(four[row], four[row + 2]);
-      float one = swap_half<4>(two[0], two[1]);
-      one += from_neighbour(one, 2), one += from_neighbour(one, 1);
-      if (lane % 4 == 0) sums[(i * ROWS + lane / 4) * TOKENS + token] = one;
-    }
-  }
-}
-
 // A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
-__global__ void __launch_bounds__(512, TOKENS == 1 ? 3 : 2) gather(const Call call) {
+__global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(const Call call) {
   SHARED(memory);
   constexpr int EACH = TOKENS == 4 ? 2 : 1;
   const Matrix& w = call.w;
@@ -178,30 +140,38 @@ __global__ void __launch_bounds__(512, TOKENS == 1 ? 3 : 2) gather(const Call ca
   const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
   int row = blockIdx.x * (blockDim.x / LANES) + warp, step = 0;
   u32* staged = (u32*)memory;
-  const float* overflow = (const float*)(staged + EACH * steps * STAGED);
-  u32 bits, values[SLOTS / 2];
+  u32 bits, values[SLOTS / 2], entries[2];          // of the next step, and the first two of a lane's overflow
+  int extra, extra_end, next_extra = 0, next_end = 0;  // where that is, and that of the step after
+  auto seek = [&](int row, int step) {
+    if (!OVERFLOW || row >= w.rows) return;
+    next_extra = __ldg(start_of(w, row, STEP / 4 * step));
+    next_end = __ldg(start_of(w, row, min(STEP / 4 * (step + 1), (w.columns + SPAN - 1) / SPAN)));
+  };
   auto fetch = [&] {
     const int at = step * STEP + lane;
     const bool there = row < w.rows && at < words;
     const i64 index = (i64)row * words + at;
     bits = there ? load_once(w.mask + index) : 0;
     load_values<SLOTS>(values, w.values + SLOTS * index, there);
+    if (!OVERFLOW) return;
+    extra = next_extra + lane, extra_end = row < w.rows ? next_end : 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (extra + LANES * i < extra_end) entries[i] = load_once(w.overflow + extra + LANES * i);
+    if (step + 1 < steps) seek(row, step + 1);  // which the next `fetch` must not wait for
+    else seek(row + stride, 0);
   };
+  seek(row, step);
   fetch();  // before x is staged: the first weights take longest
   spread_x<BF16, TOKENS>(call, staged);
   __syncthreads();
-  if constexpr (OVERFLOW) {
-    gather_overflow<BF16, TOKENS>(w, staged, (float*)overflow);
-    __syncthreads();
-    overflow += ((warp / ROWS * PARTS + lane) * ROWS + warp % ROWS) * TOKENS;
-  }
 
   float sum[TOKENS] = {};
   while (row < w.rows) {
-    u32 bits_now = bits, now[SLOTS / 2];
+    u32 bits_now = bits, now[SLOTS / 2], entries_now[2] = {entries[0], entries[1]};
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
-    const int here = row;
+    const int here = row, extra_now = extra, end_now = extra_end;
     const u32 *from_first = staged + EACH * place(step * STEP + lane, 0), *from_last = from_first + EACH * STEP_ROW * 31;
     if (++step == steps) step = 0, row += stride;
     fetch();
@@ -219,13 +189,18 @@ __global__ void __launch_bounds__(512, TOKENS == 1 ? 3 : 2) gather(const Call ca
       bits_now ^= bit_after(zeros);
       add<BF16, TOKENS>(value(i), from_first + EACH * STEP_ROW * zeros, sum);
     }
-    if (step) continue;
     if constexpr (OVERFLOW) {
-      if (lane < PARTS)
+      auto add_entry = [&](u32 entry) {
+        const int column = entry >> 16;
+        if (column < w.columns) add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * place(column / 32, column % 32), sum);
+      };
 #pragma unroll
-        for (int token = 0; token < TOKENS; token++) sum[token] += overflow[token];
-      overflow += blockDim.x / LANES * PARTS * TOKENS;
+      for (int i = 0; i < 2; i++)
+        if (extra_now + LANES * i < end_now) add_entry(entries_now[i]);
+#pragma unroll 1
+      for (int i = extra_now + 2 * LANES; i < end_now; i += LANES) add_entry(load_once(w.overflow + i));
     }
+    if (step) continue;
     const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
 #pragma unroll
     for (int token = 0; token < TOKENS; token++) {
@@ -242,14 +217,15 @@ constexpr int BLOCK = 128, TILE = 16 * BLOCK;  // bytes
 
 template <int SLOTS, bool OVERFLOW>
 struct Words {
-  static constexpr int ENTRIES = 2;  // of the tile's overflow, for each lane: there are rarely more
+  static constexpr int ENTRIES = 3;  // of its row's overflow that each lane has: there are rarely more
   u32 bits, values[SLOTS / 2], entries[ENTRIES];
+  int count;  // of the row's overflow
 
   // Tiles come through shared memory, past the registers: any number of them may be on their way, where to wait for one
   // load to a register is to wait for all. Lanes ask for whole rows together, for what they ask for one by one comes in
   // sectors of 32 bytes, the same ones again and again.
   static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE, ROW = 8 * SLOTS + 16;  // bytes; of a row
-  static constexpr int MASK = ROWS * ROW, EXTRA = MASK + 4 * LANES, ROOM = EXTRA + (OVERFLOW ? 4 * ENTRIES * LANES : 0);
+  static constexpr int MASK = ROWS * ROW, EXTRA = MASK + 4 * LANES, ROOM = EXTRA + (OVERFLOW ? 20 * LANES : 0);
 
   // What a lane copies of a tile: how many bytes after the tile's first it is. That is the same for all, and to work it
   // out each time takes longer than to multiply.
@@ -266,11 +242,11 @@ struct Words {
     }
   };
 
-  // Where a tile's overflow begins and ends: `ask` of that tile comes later, and must not wait for it.
+  // Where the overflow of a lane's row begins and ends: `ask` of that tile comes later, and must not wait for it.
   static __device__ __forceinline__ int2 seek(const Matrix& w, int group, int span, bool there) {
     if (!OVERFLOW || !there) return make_int2(0, 0);
-    const int* start = start_of(w, group, span);
-    return make_int2(__ldg(start), __ldg(start + 1));
+    const int* start = start_of(w, ROWS * group + threadIdx.x % LANES / 4, span);
+    return make_int2(__ldg(start), __ldg(start + ROWS));
   }
   // `rows` are there; columns beyond the end and missing rows are zeros.
   static __device__ __forceinline__ void ask(u32 room, const Matrix& w, const Pieces& mine, int group, int span, int rows,
@@ -285,10 +261,9 @@ struct Words {
     }
     copy<4>(room + MASK + 4 * lane, (const char*)(w.mask + index) + mine.mask, lane / 4 < rows && lane % 4 < columns);
     if constexpr (OVERFLOW) {
-      const int at = overflow.x + lane;
-#pragma unroll
-      for (int i = 0; i < ENTRIES; i++)
-        copy<4>(room + EXTRA + 4 * (LANES * i + lane), w.overflow + at + LANES * i, at + LANES * i < overflow.y);
+      const int from = overflow.x / 4 * 4 + lane % 4 * 4;  // four for each lane, 13 or more of the row's
+      copy<16>(room + EXTRA + 16 * lane, w.overflow + from, from < overflow.y);
+      store4(room + EXTRA + 16 * LANES + 4 * lane, overflow.x % 4 | overflow.y - overflow.x << 2);
     }
   }
   __device__ __forceinline__ void take(u32 room) {
@@ -306,8 +281,11 @@ struct Words {
       }
     }
     if constexpr (OVERFLOW) {
+      const int range = load4(room + EXTRA + 16 * LANES + 4 * lane);
+      count = range >> 2;
 #pragma unroll
-      for (int i = 0; i < ENTRIES; i++) entries[i] = load4(room + EXTRA + 4 * (LANES * i + lane));
+      for (int i = 0; i < ENTRIES; i++)
+        entries[i] = load4(room + EXTRA + lane / 4 * 64 + (range % 4 + lane % 4 + 4 * i) * 4);
     }
   }
 };
@@ -341,20 +319,19 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
       store2(own[k] | inside(last), half(words[k].values[m / 2], m));
       store2(own[k] | inside(31 - first), half(words[k].values[n / 2], n));
     }
-  if constexpr (OVERFLOW) {  // whose words these are does not matter. 0 is none, or a zero that comes first
-    auto put = [&](u32 tile, u32 entry) {
-      if (entry) store2(tile | entry >> 25 & 0x70 | entry >> 19 & 12 | inside(entry >> 16 & 31), entry);
-    };
+  if constexpr (OVERFLOW) {  // four lanes share a row's
     constexpr int ENTRIES = Words<SLOTS, OVERFLOW>::ENTRIES;
 #pragma unroll
     for (int k = 0; k < N; k++) {
+      const u32 row = tiles[k] | lane / 4 * 16;
+      auto put = [&](u32 entry) { store2(row | entry >> 19 & 12 | inside(entry >> 16 & 31), entry); };
 #pragma unroll
-      for (int i = 0; i < ENTRIES; i++) put(tiles[k], words[k].entries[i]);
-      if (from_lane(words[k].entries[ENTRIES - 1], LANES - 1) == 0) continue;
-      const int* start = start_of(w, groups[k], span);
+      for (int i = 0; i < ENTRIES; i++)
+        if (lane % 4 + 4 * i < words[k].count) put(words[k].entries[i]);
+      if (words[k].count <= 4 * ENTRIES) continue;
+      const int begin = __ldg(start_of(w, ROWS * groups[k] + lane / 4, span));
 #pragma unroll 1
-      for (int i = __ldg(start) + ENTRIES * LANES + lane; i < __ldg(start + 1); i += LANES)
-        put(tiles[k], load_once(w.overflow + i));
+      for (int i = 4 * ENTRIES + lane % 4; i < words[k].count; i += 4) put(load_once(w.overflow + begin + i));
     }
     __syncwarp();
   }

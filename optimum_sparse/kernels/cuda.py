@@ -118,11 +118,7 @@ def gather(layout: Layout, tokens: int, processors: int, warps: int = 16, blocks
     staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
     warps = min(warps, -(-layout.rows // (blocks * processors)))
     shared = 34 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1)
-    if layout.overflow:
-        warps = 8 if warps <= 8 else 16  # eight rows are one piece of it
     blocks = min(-(-layout.rows // warps), blocks * processors)
-    if layout.overflow:  # sums of what it adds
-        shared += 32 * warps * staged * -(-layout.rows // (blocks * warps))
     return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
 
 
@@ -138,7 +134,7 @@ def multiply(layout: Layout, tokens: int, processors: int, warps: int = 16) -> L
 
 def _room(layout: Layout) -> int:
     """Bytes of a tile on its way: `Words::ROOM`."""
-    return 64 * layout.slots + 256 + (256 if layout.overflow else 0)
+    return 64 * layout.slots + 256 + (640 if layout.overflow else 0)
 
 
 def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int) -> Launch:
@@ -165,7 +161,7 @@ def expand(matrix: Matrix) -> Tensor:
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
-    blocks = min(-(-slots.tiles(rows, in_features) // 8), 8 * processors)
+    blocks = min(-(-(-(-rows // 8)) * -(-in_features // slots.SPAN) // 8), 8 * processors)
     shared = TILE + 8 * (TILE + _room(matrix.layout))
     _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, shared), matrix, None, None, dense)
     return dense

@@ -250,7 +250,7 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     if weight.dim() > 2:
         if overflow is None or starts is None:
             raise ValueError(f"weight is {_describe(weight)}, in slots: overflow and starts belong to it.")
-        shape = (slots.tiles(rows, in_features) + 1,)
+        shape = slots.starts_shape(rows, in_features)
         if weight.dim() != 3 or in_features % 32 or weight.shape[1] != in_features // 32 or weight.shape[2] % 4:
             raise ValueError(f"weight is {_describe(weight)}: must be [{rows}, {in_features / 32:g}, 4 n].")
         if overflow.dtype != torch.int32 or starts.dtype != torch.int32 or starts.shape != shape:
