@@ -171,23 +171,26 @@ __global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(
     u32 bits_now = bits, now[SLOTS / 2], entries_now[2] = {entries[0], entries[1]};
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
-    const int here = row, extra_now = extra, end_now = extra_end;
-    const u32 *from_first = staged + EACH * place(step * STEP + lane, 0), *from_last = from_first + EACH * STEP_ROW * 31;
+    const int here = row, at = step * STEP + lane, extra_now = extra, end_now = extra_end;
+    const u32 *first = staged + EACH * place(at, 0), *last = first + EACH * STEP_ROW * 31;
     if (++step == steps) step = 0, row += stride;
     fetch();
-    auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
+    if (at < words) {  // a branch, before which the compiler has to ask for the next words
+      auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
+      constexpr int HALF = OVERFLOW ? SLOTS / 2 : 0;  // that is walked from the other end: see formats/slots.py
 #pragma unroll
-    for (int i = SLOTS - 1; i >= SLOTS / 2; i--) {
-      const int zeros = leading_zeros(bits_now);
-      bits_now ^= bit_after(zeros);
-      add<BF16, TOKENS>(value(i), from_last - EACH * STEP_ROW * zeros, sum);
-    }
-    bits_now = reversed(bits_now);
+      for (int i = SLOTS - 1; i >= HALF; i--) {
+        const int zeros = leading_zeros(bits_now);
+        bits_now ^= bit_after(zeros);
+        add<BF16, TOKENS>(value(i), last - EACH * STEP_ROW * zeros, sum);
+      }
+      bits_now = reversed(bits_now);
 #pragma unroll
-    for (int i = 0; i < SLOTS / 2; i++) {
-      const int zeros = leading_zeros(bits_now);
-      bits_now ^= bit_after(zeros);
-      add<BF16, TOKENS>(value(i), from_first + EACH * STEP_ROW * zeros, sum);
+      for (int i = 0; i < HALF; i++) {
+        const int zeros = leading_zeros(bits_now);
+        bits_now ^= bit_after(zeros);
+        add<BF16, TOKENS>(value(i), first + EACH * STEP_ROW * zeros, sum);
+      }
     }
     if constexpr (OVERFLOW) {
       auto add_entry = [&](u32 entry) {

@@ -98,11 +98,11 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
-    if tokens <= 2:
+    if tokens <= (2 if layout.pairs else 4):
         launch = gather(layout, tokens, processors)
         if launch.shared <= most_shared:
             return launch
-    if hopper and tokens > 16:
+    if hopper and tokens > (16 if layout.pairs else 4):
         tile = next(tile for tile in TILES if tokens <= tile or tile == TILES[-1])
         return stream(layout, tokens, 1 if tile <= 64 else 2, tile, processors)
     several = rows >= 64 * processors  # groups of 8 rows for each: two blocks of 8 warps share these out more evenly

@@ -26,31 +26,31 @@ def test_round_trip(pattern: Pattern, chunk: int, monkeypatch: pytest.MonkeyPatc
         width = mask.shape[1] * 8
         packed = slots.pack(values, mask, width)
         assert torch.equal(slots.unpack(packed, mask, width, values.numel()), values.flatten())
-        assert packed.starts[-1] == len(packed.overflow)
+        assert packed.starts[-1, -1, -1] == len(packed.overflow) - 4
 
 
-def test_brute_force():
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
+def test_brute_force(sparsity: float):
     """Column by column, as the format's text says it."""
-    found = stored(Unstructured(0.5), (5, 2112))
-    dense = bitmask.decode(found, (5, 2112), Unstructured(0.5))
+    found = stored(Unstructured(sparsity), (13, 2112))
+    dense = bitmask.decode(found, (13, 2112), Unstructured(sparsity))
     packed = slots.pack(found["weight"], found["weight_mask"], 2112)
-    count = packed.values.shape[2]
+    half = packed.values.shape[2] // 2
     keep = bitmask.unpack_bits(found["weight_mask"], 2112)
-    entries, starts = [], [0]
-    for row in range(5):
-        for step in range(3):
-            for word in range(32 * step, min(32 * step + 32, 66)):
-                columns = [c for c in range(32 * word, 32 * word + 32) if keep[row, c]]
-                split = max(0, len(columns) - count)
-                mine = dense[row, columns[split:]]
-                lies = packed.values[row, word]
-                assert torch.equal(lies[count - len(mine) :], mine)
-                assert not lies[: count - len(mine)].any()
-                entries += [(c, dense[row, c]) for c in columns[:split]]
-            starts.append(len(entries))
-    assert packed.starts.tolist() == starts
-    assert [(int(entry) >> 16) & 0xFFFF for entry in packed.overflow] == [column for column, _ in entries]
-    assert torch.equal(packed.overflow.to(torch.int16).view(torch.bfloat16), torch.stack([v for _, v in entries]))
+    columns, values = [], []
+    for row in range(16):
+        for span in range(18):
+            assert packed.starts[row // 8, span, row % 8] == len(columns)
+            for word in range(4 * span, min(4 * span + 4, 66)) if row < 13 else ():
+                here = [c for c in range(32 * word, 32 * word + 32) if keep[row, c]]
+                first, last = packed.values[row, word, :half], packed.values[row, word, half:].flip(0)
+                for i in range(half):
+                    assert first[i] == dense[row, here[i] if i < len(here) else 32 * word]
+                    assert last[i] == dense[row, here[-1 - i] if i < len(here) else 32 * word + 31]
+                columns += here[half:-half]
+                values += [dense[row, c] for c in here[half:-half]]
+    assert [int(entry) >> 16 & 0xFFFF for entry in packed.overflow] == [*columns, 0, 0, 0, 0]
+    assert torch.equal(packed.overflow[:-4].to(torch.int16).view(torch.bfloat16), torch.stack(values))
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6, 0.8, 0.97])

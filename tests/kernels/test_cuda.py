@@ -159,16 +159,18 @@ def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytes
     monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
     weight = sparse((70, 96), pattern, torch.bfloat16)
     matrix = compress(weight, pattern)
-    last = 16  # number of tokens that is not
+    last = 16 if matrix.layout.pairs else 4  # number of tokens that is not
     for tokens in (last, last + 1, 20, 33, 100):
         launch = cuda.plan(matrix.layout, tokens, 0)
         assert launch is not None
         assert (launch.tile >= tokens) == (tokens > last) == launch.kernel.startswith("stream<")
         check(weight, matrix, tokens, None)
     large = matrix.layout._replace(rows=2**14, in_features=2**12)
-    names = [getattr(cuda.plan(large, tokens, 0), "kernel", "").split("<")[0] for tokens in (16, 17, 128, 129, 512, 513)]
+    numbers = (2, last, last + 1, 128, 129, 512, 513)
+    names = [getattr(cuda.plan(large, tokens, 0), "kernel", "").split("<")[0] for tokens in numbers]
     more = "" if matrix.layout.overflow else "stream"
-    assert names == ["multiply", "stream", "stream", more, more, ""]
+    few = "multiply" if matrix.layout.pairs else "gather"
+    assert names == ["gather", few, "stream", "stream", more, more, ""]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
