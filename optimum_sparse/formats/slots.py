@@ -2,16 +2,16 @@
 
 A kernel that knows where each word's values lie need not add up what comes before. N:M patterns whose groups fill
 words evenly lie so on disk: `even_slots`. Others, unstructured above all, are moved by `pack`: the first half of a
-word's slots are its first values, the second half its last ones; what is between goes to a list. A word that has fewer
-values than slots has some of them twice; one that has fewer than half of its slots has, in those left over, what is in
-its first column (first half) or its last (second half): kernels walk a word from both ends at once, write there when they
-find no value any more, and need not ask. At 50 %, with 16 slots, that is 1.27 bytes per weight instead of 1.13.
+word's slots are its first values, the second half its last ones; what is between goes to a list. A word that has
+fewer values than slots has some of them twice. Slots that are left over have what is in the word's first column (in
+the first half) or in its last: kernels walk a word from both ends at once, write there when they find no value any
+more, and need not ask. At 50 %, with 16 slots, that is 1.30 bytes per weight instead of 1.13.
 
     name      dtype        shape
     values    the model's  [out, in / 32, slots]: three dimensions, which values on disk never have
     overflow  int32        [entries + 4]: column << 16 | the value's 16 bits, row by row in column order, and zeros
-    starts    int32        [out / 8, in / 128 + 1, 8], rounded up: where the entries of each 128 columns of a row begin,
-                           and where the row's end
+    starts    int32        [out / 8, in / 128 + 1, 8], rounded up: where the entries of each 128 columns of a row
+                           begin, and where those of the row end
 """
 
 from collections.abc import Iterator

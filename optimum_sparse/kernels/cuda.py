@@ -92,24 +92,25 @@ def refuses(device: torch.device, dtype: torch.dtype, in_features: int) -> str |
 def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
-    rows = layout.rows
     # As measured on an H200: tests/benchmarks/launches.py.
-    large, hopper = rows * layout.in_features >= 2**25, _is_hopper(device)
+    large, hopper = layout.rows * layout.in_features >= 2**25, _is_hopper(device)
     most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
-    if tokens <= (2 if layout.pairs else 4):
+    several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
+    if tokens <= (4 if not layout.pairs else 1 if several else 2):
         launch = gather(layout, tokens, processors)
         if launch.shared <= most_shared:
             return launch
     if hopper and tokens > (16 if layout.pairs else 4):
-        tile = next(tile for tile in TILES if tokens <= tile or tile == TILES[-1])
-        return stream(layout, tokens, 1 if tile <= 64 else 2, tile, processors)
-    several = rows >= 64 * processors  # groups of 8 rows for each: two blocks of 8 warps share these out more evenly
-    launches = (
-        multiply(layout, tokens, processors * (2 if several else 1), warps)
-        for warps in ((8, 6, 4, 2) if several else (16, 12, 8, 4, 2))
-    )
+        more, fewer = [t for t in TILES if t >= tokens], [t for t in TILES if t < tokens]
+        launches = [stream(layout, tokens, tile, processors) for tile in (*more, *fewer[::-1])]
+        launches = [launch for launch in launches if launch.shared <= most_shared]
+        full = [launch for launch in launches if launch.tile > 64 or 2 * launch.shared + 1024 <= most_shared]
+        if launches:
+            return (full or launches)[0]  # rather a larger tile than one block where two could be
+    blocks = processors * (2 if several else 1)
+    launches = [multiply(layout, tokens, blocks, warps) for warps in ((8, 6, 4, 2) if several else (16, 12, 8, 4, 2))]
     return next((launch for launch in launches if launch.shared <= most_shared), None)
 
 
@@ -137,9 +138,9 @@ def _room(layout: Layout) -> int:
     return 64 * layout.slots + 256 + (640 if layout.overflow else 0)
 
 
-def stream(layout: Layout, tokens: int, groups: int, tile: int, processors: int) -> Launch:
-    """`stream` with these template arguments: 64 * groups rows and `tile` tokens at a time."""
-    pairs = str(layout.pairs).lower()
+def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int | None = None) -> Launch:
+    """`stream` of `tile` tokens and 64 * groups rows at a time; up to 64 tokens in two blocks for each processor."""
+    groups, pairs = groups or (1 if tile <= 64 else 2), str(layout.pairs).lower()
     kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{pairs},{groups},{tile}>"
     rows, stages = 64 * groups, 2 if tile in (64, 256) else 3
     asked = (3 if groups == 1 else 1) * 8 * groups * _room(layout)
@@ -161,7 +162,8 @@ def expand(matrix: Matrix) -> Tensor:
     rows, in_features = matrix.layout.rows, matrix.layout.in_features
     dense = matrix.values.new_empty(rows, in_features)
     processors, _ = _limits(dense.get_device())
-    blocks = min(-(-(-(-rows // 8)) * -(-in_features // slots.SPAN) // 8), 8 * processors)
+    tiles = (rows + 7) // 8 * -(-in_features // slots.SPAN)
+    blocks = min(-(-tiles // 8), 8 * processors)
     shared = TILE + 8 * (TILE + _room(matrix.layout))
     _launch(Launch(f"expand<{matrix.layout.template}>", (blocks, 1), 256, shared), matrix, None, None, dense)
     return dense
@@ -195,7 +197,7 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
     values, mask = aligned(values), aligned(mask)
     call = _Call(values.data_ptr(), mask.data_ptr())
     call.rows, call.columns, call.y = layout.rows, layout.in_features, y.data_ptr()
-    rows, columns, tokens = layout.rows, layout.in_features, 0
+    columns, tokens = layout.in_features, 0
     if overflow is not None and starts is not None:
         overflow, starts = aligned(overflow), aligned(starts)
         call.overflow, call.starts = overflow.data_ptr(), starts.data_ptr()

@@ -88,7 +88,7 @@ def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
     if torch.cuda.get_device_capability() == cuda.HOPPER:
         for groups, tile in ((1, 16), (1, 32), (1, 64), (2, 64), (1, 128), (2, 128), (2, 256)):
             if tile < 2 * tokens or tile == 16 or tile == 256:
-                launches.append(cuda.stream(layout, tokens, groups, tile, processors))
+                launches.append(cuda.stream(layout, tokens, tile, processors, groups))
     return (launch for launch in launches if launch.shared <= most_shared)
 
 
