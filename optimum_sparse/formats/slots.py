@@ -4,8 +4,9 @@ A kernel that knows where each word's values lie need not add up what comes befo
 words evenly lie so on disk: `even_slots`. Others, unstructured above all, are moved by `pack`: the first half of a
 word's slots are its first values, the second half its last ones; what is between goes to a list. A word that has
 fewer values than slots has some of them twice. Slots that are left over have what is in the word's first column (in
-the first half) or in its last: kernels walk a word from both ends at once, write there when they find no value any
-more, and need not ask. At 50 %, with 16 slots, that is 1.30 bytes per weight instead of 1.13.
+the first half) or in its last: a kernel that writes a word out walks it from both ends, writes there when it finds no
+value any more, and need not ask. One that only adds up multiplies what is left over by zero: an infinite weight may
+make NaN of its row. At 50 %, with 16 slots, that is 1.30 bytes per weight instead of 1.13.
 
     name      dtype        shape
     values    the model's  [out, in / 32, slots]: three dimensions, which values on disk never have
@@ -27,7 +28,7 @@ from .bitmask import unpack_bits
 
 SLOTS = (4, 8, 12, 16, 20, 24, 28, 32)
 ROWS, SPAN = 8, 128  # of which kernels read the starts at a time
-MOST_COLUMNS = 2**16
+MOST_COLUMNS, MOST_ENTRIES = 2**16, 2**31 - 1  # what 16 and 31 bits can number
 CHUNK = 2**24  # weights that are moved at a time: what the indices of this take is some hundred MB
 
 
@@ -53,7 +54,8 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
     """Move values in column order, which `bitmask` has with their mask [out, in / 8], to slots.
 
     Raises:
-        ValueError: 32 does not divide the inputs, there are more than 65,536, or values do not have 16 bits.
+        ValueError: 32 does not divide the inputs, there are more than 65,536, values do not have 16 bits, or 2^31 of
+            them have no slot.
     """
     if in_features % 32 or in_features > MOST_COLUMNS or values.element_size() != 2:
         raise ValueError(
@@ -74,6 +76,8 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
         overflow.append(where.column[where.overflow].int() << 16 | bits)
         counts.append(where.counts)
     overflow.append(packed.new_zeros(4, dtype=torch.int32))
+    if sum(map(len, overflow)) > MOST_ENTRIES:
+        raise ValueError(f"{sum(map(len, overflow)):,} values have no slot: must be at most {MOST_ENTRIES:,}.")
     groups, spans, _ = starts_shape(len(mask), in_features)
     each = F.pad(torch.cat(counts), (0, 1, 0, -len(mask) % ROWS))  # [row, span], and none after the last
     ends = each.view(-1).cumsum(0, dtype=torch.int32).view_as(each)

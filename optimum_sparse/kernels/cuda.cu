@@ -3,7 +3,7 @@
 // Decoding waits for memory, and W has about 0.56 of its dense bytes: what keeps up with memory is free, and that is
 // some ten instructions for each kept weight. A mask word stands for 32 columns of a row. Its highest bit is the column
 // of its last value; take both away, and the same holds for what is left. That walk brings values and columns together,
-// in one of two ways; 2:4 needs no walk, for two values in four columns have six arrangements, and these a table:
+// in one of two ways. Where tensor cores multiply, 2:4 needs no walk: two values in four columns have six arrangements.
 //
 //   gather    few tokens. A lane holds a word and its values, and reads x at the columns it meets.
 //   multiply  more tokens. The values are written to their columns in a tile of shared memory that is then dense, and
@@ -21,7 +21,7 @@
 struct Matrix {
   const u16* values;    // [rows, columns / 32, SLOTS]
   const u32* mask;      // [rows, columns / 32]
-  const u32* overflow;  // column << 16 | value, by row and column, and up to four more, so that fours can be read
+  const u32* overflow;  // column << 16 | value, by row and column, and four more, so that fours can be read
   const int* starts;    // [rows / ROWS][columns / SPAN + 1][ROWS], rounded up: where the overflow of a span of a row begins
   int rows, columns;
 };

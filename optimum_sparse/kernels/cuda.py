@@ -123,13 +123,13 @@ def gather(layout: Layout, tokens: int, processors: int, warps: int = 16, blocks
     return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
 
 
-def multiply(layout: Layout, tokens: int, processors: int, warps: int = 16) -> Launch:
-    """`multiply` with so many warps in a block."""
+def multiply(layout: Layout, tokens: int, blocks: int, warps: int = 16) -> Launch:
+    """`multiply` with so many blocks for all rows, and warps in each."""
     token_tiles, groups = 1 if tokens <= 8 else 2, -(-layout.rows // 8)
     table, tiles = (128, 0) if layout.pairs else (0, 2 * TILE)
     shared = TILE + table + warps * (max(tiles, 2048 * token_tiles) + 4 * _room(layout))
     kernel = f"multiply<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{token_tiles}>"
-    grid = min(groups, processors), -(-tokens // (8 * token_tiles))
+    grid = min(groups, blocks), -(-tokens // (8 * token_tiles))
     return Launch(kernel, grid, 32 * warps, shared, groups)
 
 

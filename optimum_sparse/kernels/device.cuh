@@ -94,7 +94,7 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
   return x;
 }
 
-// ---- shared memory, by its own 32-bit addresses: strips are written as halves and read as words, which C++ forbids
+// ---- shared memory, by its own 32-bit addresses: tiles are written as halves and read as words, which C++ forbids
 
 __device__ __forceinline__ u32 address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
 __device__ __forceinline__ void store2(u32 at, u16 x) {
@@ -148,13 +148,6 @@ __device__ __forceinline__ float add_up(float x) {
 #pragma unroll
   for (int distance = LANES / 2; distance; distance /= 2) x += __shfl_xor_sync(ALL, x, distance);
   return x;
-}
-__device__ __forceinline__ float from_neighbour(float x, int distance) { return __shfl_xor_sync(ALL, x, distance); }
-// Two numbers of each lane, the first added up over pairs of lanes in the first of these, the second in the other.
-template <int DISTANCE>
-__device__ __forceinline__ float swap_half(float first, float second) {
-  const bool other = threadIdx.x & DISTANCE;
-  return (other ? second : first) + from_neighbour(other ? first : second, DISTANCE);
 }
 __device__ __forceinline__ int from_lane(int x, int lane) { return __shfl_sync(ALL, x, lane); }
 

@@ -12,7 +12,7 @@ not known.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,16 +48,25 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tu
         if problem:
             return Choice("reference", problem)
         pairs = _are_pairs(pattern, even)
-        if tokens > PAIRS_TOKENS and pairs and cusparselt.usable(_index(device), dtype, *shape):
-            return Choice("cusparselt", f"2:4 and more than {PAIRS_TOKENS} tokens: sparse tensor cores")
         layout = cuda.Layout(dtype, out_features, in_features, even or 16, pairs, not even)
-        launch = cuda.plan(layout, tokens, _index(device))
-        if launch is None:
-            return Choice("expand", "the weight is expanded, then cuBLAS: nothing that reads it compressed is faster")
-        return Choice(launch.kernel.split("<")[0], "reads the compressed weight alone")
+        chosen = _choose(layout, tokens, _index(device), pairs and cusparselt.usable(_index(device), dtype, *shape))
+        if chosen == "cusparselt":
+            return Choice(chosen, f"2:4 and more than {PAIRS_TOKENS} tokens: sparse tensor cores")
+        if chosen == "expand":
+            return Choice(chosen, "the weight is expanded, then cuBLAS: nothing that reads it compressed is faster")
+        return Choice(chosen.kernel.split("<")[0], "reads the compressed weight alone")
     if device.type != "cpu":
         return Choice("reference", f"there is no kernel for {device.type} yet")
     return _select_cpu(dtype, tokens)
+
+
+def _choose(
+    layout: cuda.Layout, tokens: int, device: int, semi_structured: bool
+) -> cuda.Launch | Literal["cusparselt", "expand"]:
+    """What multiplies on a GPU by a weight, which cuSPARSELt can read or not."""
+    if semi_structured and tokens > PAIRS_TOKENS:
+        return "cusparselt"
+    return cuda.plan(layout, tokens, device) or "expand"
 
 
 def _select_cpu(dtype: torch.dtype, tokens: int) -> Choice:
@@ -206,13 +215,13 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
     if matrix is None:
         return reference(x, *args)
     layout, weight, behind = matrix.layout, matrix.values, compressed.semi_structured
-    tokens = x.numel() // layout.in_features
-    if behind is not None and tokens > PAIRS_TOKENS and behind.data_ptr() == weight.data_ptr() + weight.nbytes:
+    together = behind is not None and behind.data_ptr() == weight.data_ptr() + weight.nbytes
+    chosen = _choose(layout, x.numel() // layout.in_features, x.get_device(), together)
+    if chosen == "cusparselt":
         return cusparselt.linear(x, weight, layout.rows, bias)
-    launch = cuda.plan(layout, tokens, x.get_device())
-    if launch is None:
+    if chosen == "expand":
         return F.linear(x, cuda.expand(matrix), bias)
-    return cuda.linear(launch, x, matrix, bias)
+    return cuda.linear(chosen, x, matrix, bias)
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:

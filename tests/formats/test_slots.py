@@ -76,9 +76,13 @@ def test_even_patterns_lie_as_on_disk():
         assert slots.even_slots(pattern, 192) == 0
 
 
-def test_what_cannot_be_packed_is_named():
+def test_what_cannot_be_packed_is_named(monkeypatch: pytest.MonkeyPatch):
     found = stored(Unstructured(0.5), (3, 40))
     with pytest.raises(ValueError, match=r"40 inputs of torch.bfloat16: must be at most 65536, a multiple of 32"):
         slots.pack(found["weight"], found["weight_mask"], 40)
+    monkeypatch.setattr(slots, "MOST_ENTRIES", 100)
+    found = stored(Unstructured(0.5), (64, 128))
+    with pytest.raises(ValueError, match=r"values have no slot: must be at most 100\."):
+        slots.pack(found["weight"], found["weight_mask"], 128)
     with pytest.raises(ValueError, match=r"64 inputs of torch.float32"):
         slots.pack(torch.zeros(3), torch.zeros(3, 8, dtype=torch.uint8), 64)

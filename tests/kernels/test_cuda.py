@@ -191,6 +191,18 @@ def test_rows_that_keep_all_and_rows_that_keep_nothing():
         check(weight, matrix, tokens, None)
 
 
+@pytest.mark.parametrize("count", [8, 28])
+def test_numbers_of_slots_that_the_patterns_above_do_not_have(count: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(slots, "SLOTS", (count,))
+    for sparsity in (0.2, 0.6):
+        weight = sparse((21, 1120), Unstructured(sparsity), torch.bfloat16)
+        matrix = compress(weight, Unstructured(sparsity))
+        assert matrix.layout.slots == count
+        assert torch.equal(cuda.expand(matrix), weight)
+        for tokens in (1, 2, 4, 8, 20):
+            check(weight, matrix, tokens, None)
+
+
 def test_tensors_at_odd_addresses():
     """Views into larger tensors, as a checkpoint's loader may give them: loads of 16 bytes need better."""
     weight = sparse((20, 96), NM(16, 32), torch.bfloat16)

@@ -268,17 +268,10 @@ inline u64 (*exchange(T... mine))[6] {
   __syncwarp();
   return my_warp().lane;
 }
-inline float from_neighbour(float x, int distance) {
-  return __uint_as_float(exchange(__float_as_uint(x))[(threadIdx.x % LANES) ^ distance][0]);
-}
 inline float add_up(float x) {
-  for (int distance = LANES / 2; distance; distance /= 2) x += from_neighbour(x, distance);
+  for (int distance = LANES / 2; distance; distance /= 2)
+    x += __uint_as_float(exchange(__float_as_uint(x))[(threadIdx.x % LANES) ^ distance][0]);
   return x;
-}
-template <int DISTANCE>
-inline float swap_half(float first, float second) {
-  const bool other = threadIdx.x & DISTANCE;
-  return (other ? second : first) + from_neighbour(other ? first : second, DISTANCE);
 }
 inline int from_lane(int x, int lane) { return (int)exchange(x)[lane][0]; }
 inline u32 transposed(u32 pair) {

@@ -26,6 +26,7 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
   ENTRY(arrange<16>) ENTRY(arrange<32>) ENTRY(arrange<64>) ENTRY(arrange<128>) ENTRY(arrange<256>)
   PER_TYPE(true)
+  PER_SLOTS(true, 8, true, false) PER_SLOTS(true, 28, true, false)
   PER_TYPE(false)
   return false;
 }
