@@ -61,7 +61,8 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         ValueError: the matrix has more non-zeros than the pattern allows.
     """
     rows, columns = weight.shape
-    mask = _nonzero_bits(weight)
+    weight = weight.detach()
+    mask = nonzero_bits(weight)
     if isinstance(pattern, NM):
         pattern.check_width(columns)
         kept = rows * columns // pattern.group * pattern.kept
@@ -79,20 +80,8 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         )
     if not full:
         mask = pack_bits(_filled(unpack_bits(mask, columns), pattern))
-    if isinstance(pattern, NM):
-        starts = torch.arange(rows + 1) * (columns // pattern.group * pattern.kept)
-    else:
-        starts = _row_starts(mask)
-    if weight.device.type == "cpu":
-        values = weight.new_empty(kept)
-        target, source = _as_numpy(values), _as_numpy(weight)
-
-        def move(some: slice, places: np.ndarray, here: slice) -> None:
-            np.take(source[some].reshape(-1), places, out=target[here], mode="clip")  # "raise" would copy `out`
-
-        _for_kept(mask, starts, columns, move)
-    else:
-        values = weight[unpack_bits(mask, columns)]
+    starts = _row_starts(mask)
+    values = take_kept(weight, mask, starts)
     if isinstance(pattern, NM):
         return {"weight": values.reshape(rows, -1), "weight_mask": mask}
     return {"weight": values, "weight_mask": mask, "weight_rows": starts}
@@ -107,18 +96,7 @@ def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern)
 def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The dense matrix [out, in] of tensors that are known to be valid."""
     values, mask = tensors["weight"], tensors["weight_mask"]
-    if values.device.type == "cpu":
-        starts = _row_starts(mask) if values.dim() == 1 else torch.arange(len(mask) + 1) * values.shape[1]
-        dense = values.new_zeros(shape)
-        target, source = _as_numpy(dense), _as_numpy(values).reshape(-1)
-
-        def move(some: slice, places: np.ndarray, here: slice) -> None:
-            target[some].reshape(-1)[places] = source[here]
-
-        _for_kept(mask, starts, shape[1], move)
-        return dense
-    keep = unpack_bits(mask, shape[1])
-    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
+    return put_kept(values, mask, _row_starts(mask), shape[1])
 
 
 def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> None:
@@ -177,7 +155,7 @@ def _kept_in_groups(mask: Tensor, columns: int, group: int) -> tuple[int, int]:
         occurring = torch.bincount(mask.flatten(), minlength=256).nonzero().to(torch.uint8)
         counts = unpack_bits(occurring, 8).reshape(-1, group).sum(1)
     elif group % 8 == 0:
-        counts = _set_bits(mask).reshape(-1, group // 8).sum(1, dtype=torch.int16)
+        counts = _set_bits(mask.reshape(-1, group // 8))
     else:
         counts = unpack_bits(mask, columns).reshape(-1, group).sum(1, dtype=torch.int16)
     return int(counts.min()), int(counts.max())
@@ -186,15 +164,17 @@ def _kept_in_groups(mask: Tensor, columns: int, group: int) -> tuple[int, int]:
 def _row_starts(mask: Tensor) -> Tensor:
     """int64 [out + 1]: how many values come before each row."""
     starts = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
-    starts[1:] = _set_bits(mask).sum(1).cumsum(0)
+    starts[1:] = _set_bits(mask).cumsum(0, dtype=torch.int64)
     return starts
 
 
 def _set_bits(mask: Tensor) -> Tensor:
-    """How many bits of each byte are 1: uint8."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(_SET_BITS[mask.numpy()])
-    return unpack_bits(mask.reshape(-1, 1), 8).sum(1, dtype=torch.uint8).view(mask.shape)
+    """How many bits of each row are 1."""
+    if mask.device.type != "cpu":
+        return unpack_bits(mask.reshape(-1, 1), 8).view(*mask.shape, 8).sum((1, 2))
+    words = mask.contiguous().numpy().view(f"u{math.gcd(mask.shape[1], 8)}")  # of 1, 2, 4 or 8 bytes
+    counts = np.bitwise_count(words) if hasattr(np, "bitwise_count") else _SET_BITS[words.view(np.uint8)]  # numpy 1
+    return torch.from_numpy(counts[:, 0] if counts.shape[1] == 1 else counts.sum(1, dtype=np.int64))
 
 
 def _as_numpy(x: Tensor) -> np.ndarray:
@@ -202,8 +182,8 @@ def _as_numpy(x: Tensor) -> np.ndarray:
     return x.detach().view(_INTEGERS[x.element_size()]).numpy()
 
 
-def _nonzero_bits(weight: Tensor) -> Tensor:
-    """`pack_bits(weight != 0)`."""
+def nonzero_bits_reference(weight: Tensor) -> Tensor:
+    """`pack_bits(weight != 0)`: what `nonzero_bits` does where `kernels` has nothing faster."""
     if weight.device.type != "cpu":
         return pack_bits(weight != 0)
     rows, columns = weight.shape
@@ -216,6 +196,40 @@ def _nonzero_bits(weight: Tensor) -> Tensor:
 
     _in_parts(pack, rows, columns)
     return mask
+
+
+def take_kept_reference(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
+    """The values [kept] of a dense weight that a mask keeps, of which `starts` [out + 1] are the `_row_starts`."""
+    if weight.device.type != "cpu":
+        return weight[unpack_bits(mask, weight.shape[1])]
+    values = weight.new_empty(int(starts[-1]))
+    target, source = _as_numpy(values), _as_numpy(weight)
+
+    def move(some: slice, places: np.ndarray, here: slice) -> None:
+        np.take(source[some].reshape(-1), places, out=target[here], mode="clip")  # "raise" would copy `out`
+
+    _for_kept(mask, starts, weight.shape[1], move)
+    return values
+
+
+def put_kept_reference(values: Tensor, mask: Tensor, starts: Tensor, in_features: int) -> Tensor:
+    """And back: the dense weight [out, in]."""
+    if values.device.type != "cpu":
+        keep = unpack_bits(mask, in_features)
+        return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter_(keep, values)
+    dense = values.new_zeros(len(mask), in_features)
+    target, source = _as_numpy(dense), _as_numpy(values).reshape(-1)
+
+    def move(some: slice, places: np.ndarray, here: slice) -> None:
+        target[some].reshape(-1)[places] = source[here]
+
+    _for_kept(mask, starts, in_features, move)
+    return dense
+
+
+nonzero_bits = torch.library.custom_op("optimum_sparse::nonzero_bits", nonzero_bits_reference, mutates_args=())
+take_kept = torch.library.custom_op("optimum_sparse::take_kept", take_kept_reference, mutates_args=())
+put_kept = torch.library.custom_op("optimum_sparse::put_kept", put_kept_reference, mutates_args=())
 
 
 def _for_kept(mask: Tensor, starts: Tensor, columns: int, move: Callable[[slice, np.ndarray, slice], None]) -> None:

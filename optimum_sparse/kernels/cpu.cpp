@@ -434,6 +434,45 @@ void expand(int level, const Matrix<T>& w, T* dense) {
   });
 }
 
+// ---- the disk format from dense weights, whatever their type: U has as many bits
+
+template <class U>
+void nonzero_bits(const U* w, int64_t rows, int64_t columns, uint8_t* mask) {
+  const int64_t bytes = (columns + 7) / 8;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t byte = 0; byte < bytes; byte++) {
+      const U* here = w + row * columns + 8 * byte;
+      const int64_t there = std::min<int64_t>(8, columns - 8 * byte);
+      uint8_t bits = 0;
+      if (there == 8) for (int i = 0; i < 8; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;  // 0 and -0: no bit is left
+      else for (int i = 0; i < there; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;
+      mask[row * bytes + byte] = bits;
+    }
+}
+
+// `starts` count what `mask` has.
+template <class U>
+void take_kept(const U* w, const uint8_t* mask, const int64_t* starts, int64_t rows, int64_t columns, U* values) {
+  const int64_t bytes = (columns + 7) / 8;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    U* to = values + starts[row];
+    const U* here = w + row * columns;
+    for (int64_t byte = 0; byte < bytes; byte += 8)
+      for (uint64_t bits = word(mask + row * bytes + byte, bytes - byte); bits; bits &= bits - 1)
+        *to++ = here[8 * byte + std::countr_zero(bits)];
+  }
+}
+
+template <class Run>
+void with_bytes(int bytes, Run run) {
+  if (bytes == 1) run(uint8_t{});
+  else if (bytes == 2) run(uint16_t{});
+  else if (bytes == 4) run(uint32_t{});
+  else run(uint64_t{});
+}
+
 template <class T>
 Matrix<T> matrix(const void* values, int64_t count, const uint8_t* mask, const int64_t* starts, int64_t rows, int64_t columns) {
   return {(const T*)values, count, mask, starts, rows ? count / rows : 0, rows, columns};
@@ -471,6 +510,19 @@ void optimum_sparse_cpu_linear(int type, MATRIX, int level, const void* x, int64
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     multiply<T>(level, matrix<T>(values, count, mask, starts, rows, columns), (const T*)x, tokens, (const T*)bias, (T*)y);
+  });
+}
+
+// The mask of the disk format for a dense w [rows, columns] of elements of 1, 2, 4 or 8 bytes.
+void optimum_sparse_cpu_nonzero_bits(int bytes, const void* w, int64_t rows, int64_t columns, uint8_t* mask) {
+  with_bytes(bytes, [&](auto zero) { nonzero_bits((const decltype(zero)*)w, rows, columns, mask); });
+}
+// And the values that a mask keeps; starts [rows + 1] are those of the mask.
+void optimum_sparse_cpu_take_kept(int bytes, const void* w, const uint8_t* mask, const int64_t* starts, int64_t rows,
+                                  int64_t columns, void* values) {
+  with_bytes(bytes, [&](auto zero) {
+    using U = decltype(zero);
+    take_kept((const U*)w, mask, starts, rows, columns, (U*)values);
   });
 }
 

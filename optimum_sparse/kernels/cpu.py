@@ -1,4 +1,4 @@
-"""The CPU kernel, cpu.cpp, where it was built with the package."""
+"""The CPU kernels, cpu.cpp, where they were built with the package. `formats.bitmask` gets some of them as well."""
 
 import ctypes
 import functools
@@ -7,6 +7,8 @@ import warnings
 
 import torch
 from torch import Tensor
+
+from ..formats import bitmask
 
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,7 +27,7 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(spec.origin)
     except OSError as error:
         warnings.warn(
-            f"compressed layers run without a kernel on the CPU, slower than dense ones: {error}.", stacklevel=2
+            f"the CPU kernels are missing, compressed layers run slower than dense ones: {error}.", stacklevel=2
         )
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -33,6 +35,9 @@ def library() -> ctypes.CDLL | None:
     found.optimum_sparse_cpu_linear.restype = found.optimum_sparse_cpu_expand.restype = None
     found.optimum_sparse_cpu_linear.argtypes = [*matrix, number, pointer, integer, pointer, pointer]
     found.optimum_sparse_cpu_expand.argtypes = [*matrix, number, pointer]
+    found.optimum_sparse_cpu_nonzero_bits.restype = found.optimum_sparse_cpu_take_kept.restype = None
+    found.optimum_sparse_cpu_nonzero_bits.argtypes = [number, pointer, integer, integer, pointer]
+    found.optimum_sparse_cpu_take_kept.argtypes = [number, pointer, pointer, pointer, integer, integer, pointer]
     return found
 
 
@@ -72,3 +77,35 @@ def _call(name: str, weight: Tensor, mask: Tensor, rows: Tensor | None, in_featu
     starts = None if rows is None else rows.data_ptr()
     torch.get_num_threads()  # a new thread of Python's learns of torch.set_num_threads only when it asks
     getattr(found, f"optimum_sparse_cpu_{name}")(*matrix, starts, len(mask), in_features, *more)
+
+
+@bitmask.nonzero_bits.register_kernel("cpu")
+def _nonzero_bits(weight: Tensor) -> Tensor:
+    found = library()
+    if found is None:
+        return bitmask.nonzero_bits_reference(weight)
+    weight, (rows, columns) = weight.contiguous(), weight.shape
+    mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
+    torch.get_num_threads()  # as in `_call`
+    found.optimum_sparse_cpu_nonzero_bits(weight.element_size(), weight.data_ptr(), rows, columns, mask.data_ptr())
+    return mask
+
+
+@bitmask.take_kept.register_kernel("cpu")
+def _take_kept(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
+    found = library()
+    if found is None:
+        return bitmask.take_kept_reference(weight, mask, starts)
+    weight, mask, starts = weight.contiguous(), mask.contiguous(), starts.contiguous()
+    values = weight.new_empty(int(starts[-1]))
+    torch.get_num_threads()
+    matrix = weight.element_size(), weight.data_ptr(), mask.data_ptr(), starts.data_ptr(), *weight.shape
+    found.optimum_sparse_cpu_take_kept(*matrix, values.data_ptr())
+    return values
+
+
+@bitmask.put_kept.register_kernel("cpu")
+def _put_kept(values: Tensor, mask: Tensor, starts: Tensor, in_features: int) -> Tensor:
+    if values.dtype not in TYPES or library() is None:
+        return bitmask.put_kept_reference(values, mask, starts, in_features)
+    return expand(values, mask, starts, in_features, best_level())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask
+from optimum_sparse.kernels import cpu
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -160,6 +161,30 @@ def test_nm_refuses_a_width_that_is_no_multiple_of_the_group():
     ):
         with pytest.raises(ValueError, match=r"2:4 .*got 6"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_kernels_do_what_their_references_do(dtype: torch.dtype):
+    if cpu.library() is None:
+        pytest.skip("the CPU kernels were not built")
+
+    def equal_bits(left: Tensor, right: Tensor) -> bool:
+        return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+    for rows, columns in ((5, 1), (3, 7), (1, 8), (9, 61), (37, 64), (2, 200)):
+        weight = random_weight(rows, columns).masked_fill(random_weight(rows, columns, seed=1) < 0, 0.0)
+        weight[0, 0], weight[-1, -1] = -0.0, float("nan")
+        weight = weight.to(dtype)
+        mask = bitmask.nonzero_bits(weight)
+        assert torch.equal(mask, bitmask.nonzero_bits_reference(weight))
+        assert torch.equal(bitmask.unpack_bits(mask, columns), weight.float() != 0)
+        starts = torch.cat([torch.zeros(1), (weight.float() != 0).sum(1).cumsum(0)]).long()
+        values = bitmask.take_kept(weight, mask, starts)
+        assert torch.equal(
+            values.view(torch.uint8), bitmask.take_kept_reference(weight, mask, starts).view(torch.uint8)
+        )
+        dense = bitmask.put_kept(values, mask, starts, columns)
+        assert equal_bits(dense, bitmask.put_kept_reference(values, mask, starts, columns))
 
 
 def test_special_values_survive():
