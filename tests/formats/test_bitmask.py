@@ -1,5 +1,6 @@
 """The disk format: its bits, its bytes, and round trips of everything."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_weight
@@ -185,6 +186,16 @@ def test_kernels_do_what_their_references_do(dtype: torch.dtype):
         )
         dense = bitmask.put_kept(values, mask, starts, columns)
         assert equal_bits(dense, bitmask.put_kept_reference(values, mask, starts, columns))
+
+
+@pytest.mark.parametrize("numpy", [1, 2])
+def test_bits_are_counted(numpy: int, monkeypatch: pytest.MonkeyPatch):
+    if numpy == 1:
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
+    for columns in (1, 8, 12, 16, 24, 40, 64, 200, 520):
+        keep = random_weight(5, columns) > 0
+        starts = bitmask._row_starts(bitmask.pack_bits(keep))
+        assert starts.dtype == torch.int64 and starts.tolist() == [0, *keep.sum(1).cumsum(0).tolist()]
 
 
 def test_special_values_survive():
