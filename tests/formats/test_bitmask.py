@@ -195,7 +195,8 @@ def test_bits_are_counted(numpy: int, monkeypatch: pytest.MonkeyPatch):
     for columns in (1, 8, 12, 16, 24, 40, 64, 200, 520):
         keep = random_weight(5, columns) > 0
         starts = bitmask._row_starts(bitmask.pack_bits(keep))
-        assert starts.dtype == torch.int64 and starts.tolist() == [0, *keep.sum(1).cumsum(0).tolist()]
+        assert starts.dtype == torch.int64
+        assert starts.tolist() == [0, *keep.sum(1).cumsum(0).tolist()]
 
 
 def test_special_values_survive():
