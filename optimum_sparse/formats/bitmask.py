@@ -65,13 +65,11 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     mask = nonzero_bits(weight)
     if isinstance(pattern, NM):
         pattern.check_width(columns)
-        kept = rows * columns // pattern.group * pattern.kept
         least, most = _kept_in_groups(mask, columns, pattern.group)
         fits, full = most <= pattern.kept, least == pattern.kept
     else:
-        kept = pattern.kept(weight.numel())
-        count = int(_set_bits(mask).sum())
-        fits, full = count <= kept, count == kept
+        room, count = pattern.kept(weight.numel()), int(_set_bits(mask).sum())
+        fits, full = count <= room, count == room
     if not fits:
         raise ValueError(
             f"cannot be stored as {pattern}: {violation(weight, pattern)}. The weights changed after pruning: prune "
@@ -80,7 +78,7 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         )
     if not full:
         mask = pack_bits(_filled(unpack_bits(mask, columns), pattern))
-    starts = _row_starts(mask)
+    starts = row_starts(mask)
     values = take_kept(weight, mask, starts)
     if isinstance(pattern, NM):
         return {"weight": values.reshape(rows, -1), "weight_mask": mask}
@@ -95,8 +93,7 @@ def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern)
 
 def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The dense matrix [out, in] of tensors that are known to be valid."""
-    values, mask = tensors["weight"], tensors["weight_mask"]
-    return put_kept(values, mask, _row_starts(mask), shape[1])
+    return put_kept(tensors["weight"], tensors["weight_mask"], shape[1])
 
 
 def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> None:
@@ -124,7 +121,7 @@ def validate(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Patter
                 f"the file is damaged or its pattern is not {pattern}."
             )
         return
-    rows = _row_starts(mask)
+    rows = row_starts(mask)
     if not torch.equal(rows, tensors["weight_rows"]) or int(rows[-1]) != len(tensors["weight"]):
         raise ValueError(
             f"weight_mask keeps {int(rows[-1])} values, weight holds {len(tensors['weight'])}, and weight_rows must "
@@ -161,7 +158,7 @@ def _kept_in_groups(mask: Tensor, columns: int, group: int) -> tuple[int, int]:
     return int(counts.min()), int(counts.max())
 
 
-def _row_starts(mask: Tensor) -> Tensor:
+def row_starts(mask: Tensor) -> Tensor:
     """int64 [out + 1]: how many values come before each row."""
     starts = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
     starts[1:] = _set_bits(mask).cumsum(0, dtype=torch.int64)
@@ -199,7 +196,7 @@ def nonzero_bits_reference(weight: Tensor) -> Tensor:
 
 
 def take_kept_reference(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
-    """The values [kept] of a dense weight that a mask keeps, of which `starts` [out + 1] are the `_row_starts`."""
+    """The values [kept] of a dense weight that a mask keeps, of which `starts` [out + 1] are the `row_starts`."""
     if weight.device.type != "cpu":
         return weight[unpack_bits(mask, weight.shape[1])]
     values = weight.new_empty(int(starts[-1]))
@@ -212,7 +209,7 @@ def take_kept_reference(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
     return values
 
 
-def put_kept_reference(values: Tensor, mask: Tensor, starts: Tensor, in_features: int) -> Tensor:
+def put_kept_reference(values: Tensor, mask: Tensor, in_features: int) -> Tensor:
     """And back: the dense weight [out, in]."""
     if values.device.type != "cpu":
         keep = unpack_bits(mask, in_features)
@@ -223,7 +220,7 @@ def put_kept_reference(values: Tensor, mask: Tensor, starts: Tensor, in_features
     def move(some: slice, places: np.ndarray, here: slice) -> None:
         target[some].reshape(-1)[places] = source[here]
 
-    _for_kept(mask, starts, in_features, move)
+    _for_kept(mask, row_starts(mask), in_features, move)
     return dense
 
 

@@ -444,10 +444,12 @@ void nonzero_bits(const U* w, int64_t rows, int64_t columns, uint8_t* mask) {
     for (int64_t byte = 0; byte < bytes; byte++) {
       const U* here = w + row * columns + 8 * byte;
       const int64_t there = std::min<int64_t>(8, columns - 8 * byte);
-      uint8_t bits = 0;
-      if (there == 8) for (int i = 0; i < 8; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;  // 0 and -0: no bit is left
-      else for (int i = 0; i < there; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;
-      mask[row * bytes + byte] = bits;
+      auto pack = [here](int64_t count) {
+        uint8_t bits = 0;
+        for (int i = 0; i < count; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;  // of 0 and -0 nothing is left
+        return bits;
+      };
+      mask[row * bytes + byte] = there == 8 ? pack(8) : pack(there);  // the compiler unrolls the first
     }
 }
 

@@ -105,7 +105,8 @@ def _take_kept(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
 
 
 @bitmask.put_kept.register_kernel("cpu")
-def _put_kept(values: Tensor, mask: Tensor, starts: Tensor, in_features: int) -> Tensor:
+def _put_kept(values: Tensor, mask: Tensor, in_features: int) -> Tensor:
     if values.dtype not in TYPES or library() is None:
-        return bitmask.put_kept_reference(values, mask, starts, in_features)
-    return expand(values, mask, starts, in_features, best_level())
+        return bitmask.put_kept_reference(values, mask, in_features)
+    rows = bitmask.row_starts(mask) if values.dim() == 1 else None  # N:M: all have the same number
+    return expand(values, mask, rows, in_features, best_level())

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(
   const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
   int row = blockIdx.x * (blockDim.x / LANES) + warp, step = 0;
   u32* staged = (u32*)memory;
-  u32 bits, values[SLOTS / 2], entries[2];          // of the next step, and the first two of a lane's overflow
+  u32 bits, values[SLOTS / 2], entries[2];             // of the next step, and the first two of a lane's overflow
   int extra, extra_end, next_extra = 0, next_end = 0;  // where that is, and that of the step after
   auto seek = [&](int row, int step) {
     if (!OVERFLOW || row >= w.rows) return;
@@ -630,7 +630,10 @@ __global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call ca
       later.leave();
     }
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) starts[i] = Word::seek(w, group + EXPANDERS * i, span, more && ROWS * (group + EXPANDERS * i) < w.rows);
+    for (int i = 0; i < WORDS; i++) {
+      const int here = group + EXPANDERS * i;
+      starts[i] = Word::seek(w, here, span, more && ROWS * here < w.rows);
+    }
   };
   auto ask = [&](int slot) INLINE {
     if (more) {

@@ -184,8 +184,8 @@ def test_kernels_do_what_their_references_do(dtype: torch.dtype):
         assert torch.equal(
             values.view(torch.uint8), bitmask.take_kept_reference(weight, mask, starts).view(torch.uint8)
         )
-        dense = bitmask.put_kept(values, mask, starts, columns)
-        assert equal_bits(dense, bitmask.put_kept_reference(values, mask, starts, columns))
+        dense = bitmask.put_kept(values, mask, columns)
+        assert equal_bits(dense, bitmask.put_kept_reference(values, mask, columns))
 
 
 @pytest.mark.parametrize("numpy", [1, 2])
@@ -194,7 +194,7 @@ def test_bits_are_counted(numpy: int, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delattr(np, "bitwise_count", raising=False)
     for columns in (1, 8, 12, 16, 24, 40, 64, 200, 520):
         keep = random_weight(5, columns) > 0
-        starts = bitmask._row_starts(bitmask.pack_bits(keep))
+        starts = bitmask.row_starts(bitmask.pack_bits(keep))
         assert starts.dtype == torch.int64
         assert starts.tolist() == [0, *keep.sum(1).cumsum(0).tolist()]
 
