@@ -323,11 +323,11 @@ def _needs_no_dispatcher(x: Tensor, weight: Tensor) -> bool:
     subclasses, profilers. A token of a small model waits for the CPU, for which the dispatcher is as much work as the
     launch."""
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()  # first: torch.compile follows none of what asks for more
+        and type(x) is Tensor
         and type(weight) in (Tensor, Parameter)
         and x.is_cuda
         and not x.is_neg()
-        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 from helpers import random_weight
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
@@ -221,6 +222,21 @@ def test_under_tracers_and_transforms(tokens: int):
     torch.vmap(call)(batch).sum().backward()
     torch.testing.assert_close(batch.grad, weight.sum(0).expand(tokens, 40))
     torch.testing.assert_close(call(torch._neg_view(other)), F.linear(-other, weight, bias))
+
+
+def test_compiled_for_cuda_without_a_break_where_there_is_none():
+    """With tensors that only say that they are on a GPU: what torch.compile follows there is other code."""
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight, mask, None, 64, None, 4)
+
+    compiled = torch.compile(multiply, fullgraph=True, backend="eager")
+    with FakeTensorMode(), torch.device("cuda"):
+        x, weight = torch.empty(3, 64).bfloat16(), torch.empty(8, 32).bfloat16()
+        mask = torch.empty(8, 8, dtype=torch.uint8)
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                assert compiled(x, weight, mask).shape == (3, 8)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
