@@ -92,21 +92,20 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
     if isinstance(kept, int):
         if kept == 0 or kept == n:
             return torch.full(score.shape, kept == n, dtype=torch.bool, device=score.device)
+        if (
+            score.device.type in ("cpu", "cuda") and n <= 8 and score.numel() > 2**16
+        ):  # of fewer, the calls take longer
+            return _keep_top_of_few(score, kept)
         if score.device.type == "cuda" and n <= 32:
             return _keep_top_by_rank(score, kept)
-        if score.device.type == "cpu" and n <= 8 and score.numel() > 2**16:  # of fewer, the calls take longer
-            return _keep_top_of_few(score, kept)
         if score.device.type == "cpu":  # quickselect: ten times faster than a sort here; on CUDA it is 30 times slower
             threshold = score.kthvalue(n - kept + 1, dim=-1, keepdim=True).values
-        else:
-            threshold = score.sort(dim=-1, descending=True).values[..., kept - 1, None]
-    else:
-        ordered = score.sort(dim=-1, descending=True).values
-        threshold = ordered.gather(-1, (kept - 1).clamp(min=0)).masked_fill(kept == 0, torch.inf)
-    above = score > threshold
-    level = score == threshold
-    missing = kept - above.sum(-1, keepdim=True)
-    return above | (level & (level.cumsum(-1) <= missing))
+            above = score > threshold
+            level = score == threshold
+            return above | (level & (level.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
+    best = score.sort(dim=-1, descending=True, stable=True).indices
+    keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    return keep.scatter_(-1, best, (torch.arange(n, device=score.device) < kept).expand_as(best))
 
 
 def _keep_top_by_rank(score: Tensor, kept: int, chunk: int = 2**27) -> Tensor:
@@ -121,9 +120,10 @@ def _keep_top_by_rank(score: Tensor, kept: int, chunk: int = 2**27) -> Tensor:
     return torch.cat(parts).view(score.shape)
 
 
-def _keep_top_of_few(score: Tensor, kept: int, chunk: int = 2**16) -> Tensor:
+def _keep_top_of_few(score: Tensor, kept: int) -> Tensor:
     """`keep_top` for very many rows of a few scores, by comparing pair after pair of columns: on a CPU five times
-    faster than quickselect."""
+    faster than quickselect, on CUDA three times faster than all pairs at once."""
+    chunk = 2**16 if score.device.type == "cpu" else 2**27  # that a cache holds, or that memory does
     rows = score.reshape(-1, score.shape[-1])
     keep = torch.empty_like(rows, dtype=torch.bool)
     for part, found in zip(rows.split(chunk), keep.split(chunk), strict=True):

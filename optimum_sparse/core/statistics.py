@@ -108,7 +108,7 @@ class InputStats:
         def power(matrix: Tensor) -> Tensor:
             if self.needs is Needs.GRAM:
                 return (_product(matrix, self.gram) * matrix).sum()
-            return torch.stack([_product(x.float(), matrix.T).square().sum() for x in self._sample]).sum()
+            return torch.stack([_product(x, matrix.T).square().sum() for x in self._sample]).sum()
 
         return (power(pruned - weight) / power(weight).clamp(min=torch.finfo(torch.float32).tiny)).item()
 
@@ -145,17 +145,18 @@ def _square_sums(x: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of fp32 matrices, to about five digits.
+    """left @ right to about five digits, fp32: of matrices in fp32, or the left one in less.
 
     On CUDA in bf16 with fp32 sums, ten times as fast: of each matrix a bf16 part and the bf16 part of what is left,
-    and of the four products all but that of the small parts.
+    and of the four products all but that of the small parts. Of a left matrix in bf16 nothing is left.
     """
     if left.device.type != "cuda":
-        return left @ right
-    (left, less), (right, rest) = [(high := x.bfloat16(), (x - high).bfloat16()) for x in (left, right)]
-    total = torch.mm(left, right, out_dtype=torch.float32)
-    total += torch.mm(left, rest, out_dtype=torch.float32)
-    total += torch.mm(less, right, out_dtype=torch.float32)
+        return left.float() @ right
+    rough_left, rough_right = left.bfloat16(), right.bfloat16()
+    total = torch.mm(rough_left, rough_right, out_dtype=torch.float32)
+    total += torch.mm(rough_left, (right - rough_right).bfloat16(), out_dtype=torch.float32)
+    if left.dtype != torch.bfloat16:
+        total += torch.mm((left - rough_left).bfloat16(), rough_right, out_dtype=torch.float32)
     return total
 
 

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 tests/benchmarks/prune.py --compare masks
 
 A Llama with random weights, by default of LLaMA-2-7B's shape, and random tokens: speed does not depend on either. Each
-run starts from a new model. On CUDA each is made once before on a model of one block, to warm up.
+run starts from a new model. On CUDA each is made once before on a model of one block, to warm up. The first row, two
+forward passes of the dense model and nothing else, is what a method that looks at inputs and hands them on comes near.
 """
 
 import argparse
@@ -53,6 +54,10 @@ def main() -> None:
         for method in args.methods:
             for pattern in args.patterns:
                 prune(random_llama(args, layers=1), args, method, pattern, args.processes)
+    model = random_llama(args, args.layers)
+    data = random_batches(args, model, args.samples)
+    seconds, peak = measured(lambda: forward_twice(model, data), args)
+    show(f"| forward pass, twice | - | {seconds:.1f} | - | {gigabytes(peak, args)} | - |", flush=True)
     for method in args.methods:
         for pattern in args.patterns:
             model = random_llama(args, args.layers)
@@ -114,6 +119,17 @@ def measured(run: Callable[[], object], args: argparse.Namespace) -> tuple[float
     return seconds, torch.cuda.max_memory_allocated() - before if cuda else 0
 
 
+def gigabytes(peak: int, args: argparse.Namespace) -> str:
+    return f"{peak / 1e9:.1f}" if args.device.type == "cuda" else "-"
+
+
+@torch.no_grad()
+def forward_twice(model: PreTrainedModel, data: DataLoader) -> None:
+    """The decoder blocks on all samples, of each process all of them."""
+    for batch in (*data, *data):
+        model.model(batch["input_ids"].to(model.device), use_cache=False)
+
+
 def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern: str, samples: int) -> str:
     """One row of the table."""
     config = SparsityConfig.recipe("paper", PATTERNS[pattern], method=method)
@@ -121,8 +137,7 @@ def prune(model: PreTrainedModel, args: argparse.Namespace, method: str, pattern
     pruner = Pruner(model)
     seconds, peak = measured(lambda: pruner.prune(config, dataset=data), args)
     phases = ", ".join(f"{name} {taken:.1f}" for name, taken in pruner.report.seconds.items())
-    memory = f"{peak / 1e9:.1f}" if args.device.type == "cuda" else "-"
-    return f"| {method} | {pattern} | {seconds:.1f} | {phases} | {memory} |"
+    return f"| {method} | {pattern} | {seconds:.1f} | {phases} | {gigabytes(peak, args)} |"
 
 
 def beside_first(model: PreTrainedModel, file: Path) -> str:
