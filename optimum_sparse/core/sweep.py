@@ -122,9 +122,9 @@ def column_sweep(
         stop = start + size
         block = slice(start, stop)
         if not isinstance(pattern, NM):
-            score = (columns[block] / scale[block]).square().T.reshape(1, -1)
+            score = (columns[block] / scale[block]).square()
             count = pattern.kept(rows * stop) - pattern.kept(rows * start)  # exact over the whole matrix
-            keep[block] = keep_top(score, count).view(rows, size).T
+            keep[block] = keep_top(score.view(1, -1), count).view(size, rows)
         errors = sweep_block(columns[block], keep[block], factor[block, block], kept, group)
         columns[stop:].addmm_(factor[block, stop:].T, errors, alpha=-1)
         start = stop
