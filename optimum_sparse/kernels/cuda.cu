@@ -297,6 +297,25 @@ struct Words {
 // of its own, and no walk gets into another's way.
 __device__ __forceinline__ u32 inside(int column) { return column * 66 & 0x782; }  // of a lane's; any number is safe
 
+// The numbers of a word's bits, from the highest down. FLOAT: of its upper 24 bits, as a float, whose exponent is the number of
+// the highest: subtracting that power of two takes the bit off. What finds a bit of an integer waits in one queue with shared
+// memory.
+template <bool FLOAT>
+__device__ __forceinline__ u32 walk(u32 word) {
+  return FLOAT ? __float_as_uint(2 * (float)(word & 0xffffff00)) : word;  // twice: the exponent is 128 and the number
+}
+template <bool FLOAT>
+__device__ __forceinline__ int next_bit(u32& left) {  // where there is none: -1, or with FLOAT anything
+  if (!FLOAT) {
+    const int number = highest_bit(left);
+    left -= bit(number);
+    return number;
+  }
+  const u32 power = left & 0x7f800000;
+  left = __float_as_uint(__uint_as_float(left) - __uint_as_float(power));
+  return (int)(power >> 23) - 128;
+}
+
 // A warp writes its words of N tiles, the `groups`th eight rows of a span, dense to `tiles`, whose addresses TILE divides.
 // A word is walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds
 // no bit, `inside` of that is column 0 or 31, and the value is what belongs there: see formats/slots.py.
@@ -304,12 +323,14 @@ template <int N, int SLOTS, bool OVERFLOW>
 __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const int (&groups)[N],
                                        int span, const u32 (&tiles)[N]) {
   const int lane = threadIdx.x % LANES;
+  // Of exactly SLOTS bits the upper half is among the upper 24 if they are 16 or more, and the lower half among the lower 24.
+  constexpr bool FLOAT = !OVERFLOW && SLOTS >= 16;
   u32 down[N], up[N], own[N];
 #pragma unroll
   for (int k = 0; k < N; k++) {
 #pragma unroll
     for (int j = 0; j < 4; j++) store16((tiles[k] | 16 * lane) + 512 * j, make_uint4(0, 0, 0, 0));
-    down[k] = words[k].bits, up[k] = reversed(down[k]), own[k] = tiles[k] | 4 * lane;
+    down[k] = walk<FLOAT>(words[k].bits), up[k] = walk<FLOAT>(reversed(words[k].bits)), own[k] = tiles[k] | 4 * lane;
   }
   __syncwarp();
   auto half = [&](u32 pair, int i) { return i % 2 ? pair >> 16 : pair; };
@@ -317,8 +338,7 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
   for (int n = 0; n < SLOTS / 2; n++)
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const int last = highest_bit(down[k]), first = highest_bit(up[k]), m = SLOTS - 1 - n;
-      down[k] -= bit(last), up[k] -= bit(first);
+      const int last = next_bit<FLOAT>(down[k]), first = next_bit<FLOAT>(up[k]), m = SLOTS - 1 - n;
       store2(own[k] | inside(last), half(words[k].values[m / 2], m));
       store2(own[k] | inside(31 - first), half(words[k].values[n / 2], n));
     }
