@@ -43,6 +43,7 @@ class InputStats:
 
     def update(self, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Add the tokens x [tokens, in], each with its weight >= 0 (fp32 [tokens]; all 1 unless given)."""
+        x = _at_most_fp32(x)
         if self.needs is not Needs.GRAM and self.tokens < SAMPLE_TOKENS:
             self._sample.append(x[: SAMPLE_TOKENS - self.tokens].clone())
         self.tokens += x.shape[0]
@@ -122,6 +123,7 @@ class CrossStats:
 
     def update(self, y: Tensor, x: Tensor, token_weight: Tensor | None = None) -> None:
         """Add the tokens y [tokens, outputs] and x [tokens, inputs], each with its weight as in InputStats."""
+        x = _at_most_fp32(x)
         self._weight += x.shape[0] if token_weight is None else token_weight.sum()
         if token_weight is not None:
             y = _scaled(y, token_weight)
@@ -135,6 +137,11 @@ class CrossStats:
     @property
     def mean(self) -> Tensor:
         return self._sum / self._weight
+
+
+def _at_most_fp32(x: Tensor) -> Tensor:
+    """CUDA has no products of float64 with sums in fp32."""
+    return x.float() if x.dtype == torch.float64 else x
 
 
 def _square_sums(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Weights are rotated, so that none is in a cache when its turn comes; dense and c
 that of CUDA graphs, in which launches cost little; eager time is what a Python loop sees. On a CPU they are the same.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -72,6 +73,20 @@ def measure_speed(
         ArithmeticError: a result is further from float64 than twice the dense layer's and its dtype's precision.
     """
     device = torch.device(device)
+    with (
+        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    ):  # graphs are of the current one
+        return _measure(shape, tokens, pattern, dtype, device, budget)
+
+
+def _measure(
+    shape: tuple[int, int],
+    tokens: Sequence[int],
+    pattern: Pattern,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: float,
+) -> list[Speed]:
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(shape, generator=generator, device=device)
     weight = (weight * keep_mask(weight.abs(), pattern)).to(dtype)

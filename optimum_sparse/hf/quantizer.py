@@ -1,5 +1,6 @@
 """The plug into transformers' loading and saving: prune on load, load dense or compressed, save compressed."""
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from ..nn import Experts, SparseLinear
 from ..report import PruningReport
 from .blocks import Plan, linears_of, make_plan
 from .checkpoint import REPORT_FILE, check_stored, read_headers, read_report, stored_matrices
-from .placement import offloaded_weight
+from .placement import offloaded_weight, onload
 from .prune import measures_layers, prune_model
 
 
@@ -149,8 +150,10 @@ class SparsityQuantizer(HfQuantizer):
         elif config.run_compressed:
             for name in tqdm(self._plan.linears, desc="Checking compressed layers", leave=False):
                 module = model.get_submodule(name)
+                offloaded = module.weight_mask.is_meta  # with offload_buffers=True
                 try:
-                    module.validate()
+                    with onload(module, keep=False) if offloaded else contextlib.nullcontext():
+                        module.validate()
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from error
                 module.weight.requires_grad_(False)  # transformers makes all that it loads trainable

@@ -299,7 +299,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         gradients[0] = gradient @ expand(weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout)
     if ctx.needs_input_grad[5]:
-        gradients[5] = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+        gradients[5] = gradient.sum_to_size(gradient.shape[-1:])
     return tuple(gradients)
 
 
@@ -328,6 +328,7 @@ def _needs_no_dispatcher(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, Parameter)
         and x.is_cuda
         and not x.is_neg()
+        and not x._is_zerotensor()
         and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None

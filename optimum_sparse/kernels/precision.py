@@ -76,7 +76,9 @@ def fast_forward(x: torch.Tensor) -> Iterator[None]:
     bf16 = x.dtype == torch.float32 and _multiplies_bf16(device)
     # The cache would hold bf16 copies of weights that are replaced in between.
     autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
-    with onednn_fp32("bf16" if bf16 else "tf32"), autocast:
+    # Elsewhere it does nothing, and while it is set, what torch.compile asks for (in flex_attention, say) raises.
+    products = onednn_fp32("bf16" if bf16 else "tf32") if device == "cpu" else contextlib.nullcontext()
+    with products, autocast:
         yield
 
 

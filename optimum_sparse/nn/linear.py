@@ -1,5 +1,6 @@
 """A linear layer whose weight stays compressed in memory."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +54,7 @@ class SparseLinear(nn.Module):
                 self.register_buffer(name, tensor)
         if not hasattr(self, "weight_rows"):
             self.register_buffer("weight_rows", None)
-        for name in ("overflow", "starts", "semi_structured"):  # after all others: torch.export counts on it
-            self.register_buffer(name, None, persistent=False)
+        self._lay(None, None, None)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -86,22 +86,44 @@ class SparseLinear(nn.Module):
         layout = wanted_layout(weight.device, weight.dtype, self.pattern, shape)
         if layout == "slots":
             moved = slots.pack(weight.data, self.weight_mask, self.in_features)
-            weight.data, self.overflow, self.starts = moved.values, moved.overflow, moved.starts
+            weight.data = moved.values
+            self._lay(moved.overflow, moved.starts, None)
         elif layout == "cusparselt":
             packed = cusparselt.pack(weight.data, bitmask.unpack_bits(self.weight_mask, self.in_features))
-            weight.data, self.semi_structured = packed[: weight.numel()].view(weight.shape), packed[weight.numel() :]
+            weight.data = packed[: weight.numel()].view(weight.shape)
+            self._lay(None, None, packed[weight.numel() :])
+
+    def _lay(self, overflow: Tensor | None, starts: Tensor | None, semi_structured: Tensor | None) -> None:
+        """Set what `pack` adds to the values. It is in no state dict."""
+        for name, tensor in (("overflow", overflow), ("starts", starts), ("semi_structured", semi_structured)):
+            # accelerate takes all that is called not persistent for tensors.
+            self.register_buffer(name, tensor, persistent=tensor is None)
+        for name in [name for name, tensor in self._buffers.items() if tensor is None]:
+            self._buffers[name] = self._buffers.pop(name)  # after all others: torch.export counts on it
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if self.semi_structured is not None:  # a copy of both has copied the values twice: once by themselves
-            storage, weight = self.semi_structured.untyped_storage(), self.weight
-            weight.data = weight.data.new_empty(0).set_(storage, 0, weight.shape, weight.stride())
+        behind, weight = self.semi_structured, self.weight
+        if behind is not None:  # a copy of both has copied the values twice: once by themselves, and these count
+            together = behind.device == weight.device and behind.dtype == weight.dtype
+            if together:
+                values = weight.data.new_empty(0)
+                values.set_(behind.untyped_storage(), 0, weight.shape, weight.stride())
+                together = torch.equal(values, weight.data)
+            if together:
+                weight.data = values
+            else:
+                self._lay(None, None, None)
+        shape = (self.out_features, self.in_features)
+        if self.packed and wanted_layout(weight.device, weight.dtype, self.pattern, shape) is None:
+            self.unpack()  # torch.load has brought it to another device
+        self.pack()
 
     def unpack(self) -> None:
         """Undo `pack`."""
         if self.packed:
             self.weight.data = self._values().clone()
-            self.overflow = self.starts = self.semi_structured = None
+            self._lay(None, None, None)
 
     def _values(self) -> Tensor:
         """The values as they are on disk."""
@@ -163,9 +185,15 @@ class SparseLinear(nn.Module):
         here = self.weight.data.new_empty(0)
         there = fn(here)
         moves = there.device != here.device or there.dtype != here.dtype
-        if moves:  # else tensors stay where they are: a CUDA graph may read them
+        others = here.is_meta or (not moves and there is not here)  # to_empty, say: memory that was never written
+        if moves or others:  # else tensors stay where they are: a CUDA graph may read them
             self.unpack()
         super()._apply(fn, recurse)
+        if others:
+            self.checked = False
+            if not self.weight.is_meta:
+                with contextlib.suppress(ValueError):
+                    self.validate()
         self.pack()
         return self
 

@@ -154,15 +154,16 @@ def test_pruned_to_compressed_with_only_dense_weights_on_disk(dense, wanted, tmp
     assert_saved_as(model, wanted["magnitude", "2:4"], tmp_path)
 
 
-@pytest.mark.parametrize("run_compressed", [False, True])
+@pytest.mark.parametrize(("run_compressed", "offload_buffers"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_sparse_checkpoint_loaded_to_disk(method, pattern, run_compressed, wanted, tmp_path):
+def test_sparse_checkpoint_loaded_to_disk(method, pattern, run_compressed, offload_buffers, wanted, tmp_path):
     source = wanted[method, pattern]
     before = files_of(source)
     model = AutoModelForCausalLM.from_pretrained(
         source,
         device_map=layer_map({0, 2}),
         offload_folder=tmp_path / "offload",
+        offload_buffers=offload_buffers,
         run_compressed=run_compressed,
     )
     expected = logits(AutoModelForCausalLM.from_pretrained(source))

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from models import make_config, make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimum_sparse import Pruner
 from optimum_sparse.config import PAPER
@@ -42,6 +43,14 @@ def test_precision_is_given_back_after_an_error():
     with pytest.raises(KeyError), precision.onednn_fp32():
         raise KeyError
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_pruning_on_cuda_leaves_what_torch_compile_asks_for():
+    """PyTorch raises at this question while a precision of oneDNN's alone is set; flex_attention asks it."""
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+    with precision.fast_forward(x):
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_full_fp32_is_full_on_every_device():

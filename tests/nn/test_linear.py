@@ -150,7 +150,9 @@ def test_copies_and_pickles():
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch):
     def uneven(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
-        return "slots" if dtype.itemsize == 2 and not slots.even_slots(pattern, shape[1]) else None
+        if device.type == "meta" or dtype.itemsize != 2 or slots.even_slots(pattern, shape[1]):
+            return None
+        return "slots"
 
     monkeypatch.setattr(linear_module, "wanted_layout", uneven)
 
@@ -303,32 +305,100 @@ def test_a_layer_that_was_never_filled_can_move():
     assert torch.equal(layer.to_dense(), weight)
 
 
+@pytest.fixture
+def packing_as_on_a_gpu(packing, monkeypatch: pytest.MonkeyPatch):
+    """2:4 as well: something behind the values, as cuSPARSELt has it."""
+
+    def pack(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values.flatten(), torch.zeros(values.numel() // 8).to(values)])
+
+    def wanted(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
+        pairs = device.type != "meta" and dtype.itemsize == 2 and pattern == NM(2, 4)
+        return "cusparselt" if pairs else uneven(device, dtype, pattern, shape)
+
+    uneven = linear_module.wanted_layout
+    monkeypatch.setattr(linear_module.cusparselt, "pack", pack)
+    monkeypatch.setattr(linear_module, "wanted_layout", wanted)
+
+
+def packed_layer(pattern: Pattern) -> tuple[SparseLinear, torch.Tensor]:
+    weight = random_weight(24, 192)
+    weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    assert layer.packed
+    return layer, weight
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
 def test_export(pattern: Pattern, packed: bool, request: pytest.FixtureRequest):
     if packed:
-        request.getfixturevalue("packing")
+        request.getfixturevalue("packing_as_on_a_gpu")
     weight = random_weight(24, 192)
     weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
     layer, x = SparseLinear.from_dense(weight, None, pattern), random_weight(3, 192).bfloat16()
+    assert layer.packed == packed
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+COPIES = [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))]
+
+
+@pytest.mark.usefixtures("packing_as_on_a_gpu")
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copy_shares_what_the_layer_shares(copied):
     """As cuSPARSELt's buffer: the values are its first part, the rest is behind them, also in a copy."""
-    weight = pruned(NM(2, 4))
-    layer = SparseLinear.from_dense(weight, None, NM(2, 4))
-    count = layer.weight.numel()
-    packed = torch.cat([layer.weight.data.flatten(), torch.zeros(count // 8)])
-    layer.weight.data, layer.semi_structured = packed[:count].view(layer.weight.shape), packed[count:]
+    layer, weight = packed_layer(NM(2, 4))
     other = copied(layer)
     assert other.semi_structured.data_ptr() == other.weight.data_ptr() + other.weight.nbytes
     assert other.weight.untyped_storage().data_ptr() == other.semi_structured.untyped_storage().data_ptr()
-    assert other.weight.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
+    assert (other.weight.data_ptr() == layer.weight.data_ptr()) == (copied is copy.copy)
     assert torch.equal(other.to_dense(), weight)
-    stored = layer.state_dict()["weight"]
-    assert stored.untyped_storage().nbytes() == stored.numel() * stored.element_size()
-    layer.unpack()
+
+
+@pytest.mark.usefixtures("packing_as_on_a_gpu")
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_a_copy_has_values_that_replaced_those_of_before(pattern: Pattern, copied):
+    layer, weight = packed_layer(pattern)
+    if pattern == NM(2, 4):
+        layer.weight.data = 2 * layer.weight.data  # by somebody who does not know of the buffer
+        weight = 2 * weight
+    other = copied(layer)
+    assert other.packed
+    assert torch.equal(other.to_dense(), weight)
+
+
+@pytest.mark.usefixtures("packing_as_on_a_gpu")
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_a_layer_that_comes_to_another_device_in_a_file(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    """As torch.load does with map_location: no method of the layer moves it."""
+    layer, weight = packed_layer(pattern)
+    file = pickle.dumps(layer)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(linear_module, "wanted_layout", lambda *layer: None)
+        other = pickle.loads(file)
+        assert not other.packed
+        assert torch.equal(other.to_dense(), weight)
+        file = pickle.dumps(other)
+    other = pickle.loads(file)
+    assert other.packed
+    assert torch.equal(other.to_dense(), weight)
+
+
+@pytest.mark.usefixtures("packing_as_on_a_gpu")
+@pytest.mark.parametrize("first", ["cpu", "meta"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_memory_that_was_not_written_yet(pattern: Pattern, first: str):
+    """to_empty, then the weights: as FSDP and models on the meta device are filled."""
+    layer, weight = packed_layer(pattern)
+    state = layer.state_dict()
+    layer.to(first).to_empty(device="cpu")
+    layer.weight_mask.random_()
+    layer.load_state_dict(state)
+    assert layer.packed
+    assert torch.equal(layer.to_dense(), weight)
+    layer._apply(torch.clone)
+    assert layer.packed
     assert torch.equal(layer.to_dense(), weight)
