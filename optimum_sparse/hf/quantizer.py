@@ -175,6 +175,13 @@ class SparsityQuantizer(HfQuantizer):
         if not model.is_quantized and hasattr(model.config, "_is_quantized"):
             del model.config._is_quantized
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """As device_map="auto" should count it: layers take more on a GPU than on disk once they are packed."""
+        owner, _, name = param_name.rpartition(".")
+        module = model.get_submodule(owner)
+        packed = module.growth if isinstance(module, SparseLinear) and name == "weight" else 1.0
+        return packed * super().param_element_size(model, param_name, param)
+
     # ---- saving
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

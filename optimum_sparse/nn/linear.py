@@ -101,6 +101,17 @@ class SparseLinear(nn.Module):
         for name in [name for name, tensor in self._buffers.items() if tensor is None]:
             self._buffers[name] = self._buffers.pop(name)  # after all others: torch.export counts on it
 
+    @property
+    def growth(self) -> float:
+        """How many times the bytes of the values on disk `pack` makes of them on a GPU, about."""
+        if not torch.cuda.is_available():
+            return 1.0
+        shape = (self.out_features, self.in_features)
+        layout = wanted_layout(torch.device("cuda"), self.weight.dtype, self.pattern, shape)
+        if layout == "slots":  # measured: 0.09 of the dense bytes more from 30 to 70 % sparsity
+            return 1 + 0.09 * math.prod(shape) / math.prod(bitmask.layout(shape, self.pattern)["weight"][0])
+        return 1.125 if layout == "cusparselt" else 1.0
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         behind, weight = self.semi_structured, self.weight

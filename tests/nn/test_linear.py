@@ -402,3 +402,16 @@ def test_memory_that_was_not_written_yet(pattern: Pattern, first: str):
     layer._apply(torch.clone)
     assert layer.packed
     assert torch.equal(layer.to_dense(), weight)
+
+
+@pytest.mark.usefixtures("packing_as_on_a_gpu")
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), *map(Unstructured, (0.3, 0.5, 0.7))], ids=str)
+def test_growth_is_what_packing_adds(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    """device_map="auto" plans with it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    weight = random_weight(256, 2048)
+    weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    parts = (layer.weight, layer.overflow, layer.starts, layer.semi_structured)
+    packed = sum(part.nbytes for part in parts if part is not None)
+    assert packed / bitmask.encode(weight, pattern)["weight"].nbytes == pytest.approx(layer.growth, rel=0.03)
