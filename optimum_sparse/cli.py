@@ -32,6 +32,7 @@ from .evaluation import (
 )
 from .hf.checkpoint import (
     REPORT_FILE,
+    TOKENIZER_ERRORS,
     atomically,
     check_folder,
     export_dense,
@@ -127,7 +128,7 @@ def _load(args: argparse.Namespace, source: str, **more: Any) -> tuple[PreTraine
     load_config(source, trust_remote_code=args.trust_remote_code)  # says what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except TOKENIZER_ERRORS as error:
         raise ValueError(
             f"{source!r} has no tokenizer that can be loaded, and text needs one: save that of the dense model there, "
             f"AutoTokenizer.from_pretrained(...).save_pretrained({source!r}). ({str(error).splitlines()[0]})"

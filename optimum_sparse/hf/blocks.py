@@ -132,7 +132,7 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
     prefix, modules = find_blocks(model, config.block_name)
     full = full_name(model)
     if strict:
-        _check_rules(model, config)
+        _check_rules(model, config, full(prefix))
     owners = Counter(id(child.weight) for module in modules for child in module.modules() if is_linear(child))
     blocks: list[Block] = []
     skipped: list[LayerReport] = []
@@ -268,23 +268,30 @@ def _shape(module: nn.Module) -> list[int]:
     return list(reversed(shape)) if isinstance(module, Conv1D) else list(shape)
 
 
-def _check_rules(model: PreTrainedModel, config: SparsityConfig) -> None:
+def _check_rules(model: PreTrainedModel, config: SparsityConfig, blocks: str) -> None:
+    """Raise ValueError for a rule that names nothing, or that would prune what is not in `blocks`."""
     names = ["lm_head"]  # always allowed: it stays dense, and a base model has none
     names += [full_name(model)(name) for name in module_names(model) if name]
-    allocated = list(config.allocation) if isinstance(config.allocation, dict) else []
-    named = {
+    inside = [name for name in names if name.startswith(f"{blocks}.")]
+    prunes = {
         "targets": config.targets or [],
-        "ignore": config.ignore,
-        "layers": [*config.layers],
-        "allocation": allocated,
+        "layers": [rule for rule, pattern in config.layers.items() if pattern != "dense"],
+        "allocation": list(config.allocation) if isinstance(config.allocation, dict) else [],
     }
-    for kind, rules in named.items():
+    spares = {
+        "ignore": config.ignore,
+        "layers": [rule for rule, pattern in config.layers.items() if pattern == "dense"],
+    }
+    for kind, rule in ((kind, rule) for named in (prunes, spares) for kind, rules in named.items() for rule in rules):
+        if not any(matches(rule, name) for name in names):
+            parts = dict.fromkeys(part for name in reversed(names) for part in (name, name.rpartition(".")[2]))
+            close = difflib.get_close_matches(rule, parts, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"they are called like {names[len(names) // 2]!r}."
+            raise ValueError(f"{kind} names {rule!r}, which matches no module of {type(model).__name__}: {hint}")
+    for kind, rules in prunes.items():
         for rule in rules:
-            if not any(matches(rule, name) for name in names):
-                parts = dict.fromkeys(part for name in reversed(names) for part in (name, name.rpartition(".")[2]))
-                close = difflib.get_close_matches(rule, parts, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"they are called like {names[len(names) // 2]!r}."
-                raise ValueError(f"{kind} names {rule!r}, which matches no module of {type(model).__name__}: {hint}")
+            if not any(matches(rule, name) for name in inside):
+                raise ValueError(f"{kind} names {rule!r}, which is outside of {blocks}: only what is in it is pruned.")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

@@ -251,11 +251,15 @@ def legacy_format(content: dict[str, Any]) -> str | None:
     return None
 
 
+# What loading a tokenizer raises: no files; files that it cannot read; no package that it needs; no vocabulary.
+TOKENIZER_ERRORS = (OSError, ValueError, ImportError, TypeError)
+
+
 def copy_tokenizer(source: str, directory: str | os.PathLike, **loading: Any) -> None:
     """Save the tokenizer of `source` beside a checkpoint, if it has one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-    except (OSError, ValueError) as error:
+    except TOKENIZER_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("%s has no tokenizer that can be loaded, so none is written: %s", source, reason)
         return
@@ -348,6 +352,10 @@ def weight_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{str(directory)!r} holds no .safetensors files.")
+    for index in directory.glob("*.safetensors.index.json"):
+        missing = sorted({*read_json(index).get("weight_map", {}).values()} - {file.name for file in files})
+        if missing:
+            raise FileNotFoundError(f"{str(directory)!r} lacks {', '.join(missing[:4])}, which {index.name} names.")
     return files
 
 

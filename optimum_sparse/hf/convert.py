@@ -132,7 +132,8 @@ class Checkpoint:
                 try:
                     tensor = self._decode(tensors, ours)
                     wanted = shapes.get(known.get(group, ""), tensor.shape)
-                    if "compressed" in tensors and tensor.shape != wanted:
+                    as_stored = "compressed" in tensors or (linear is not None and ours is None)
+                    if as_stored and tensor.shape != wanted:
                         raise ValueError(f"shape is {list(tensor.shape)}, the model's weight has {list(wanted)}.")
                 except ValueError as error:
                     raise ValueError(f"{group.removesuffix('.weight')}: {error}") from error

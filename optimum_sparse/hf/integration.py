@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
@@ -101,7 +102,8 @@ def _taking_sparsity(original: Callable) -> Callable:
         try:
             if config is None:
                 return original(cls, *args, **kwargs)
-            with warnings.catch_warnings():
+            # Parameters made in a caller's inference mode could not be differentiated, which pruning may need.
+            with warnings.catch_warnings(), torch.inference_mode(False):
                 warnings.filterwarnings("ignore", message=_MERGED)
                 return original(cls, *args, **(kwargs | {"quantization_config": config}))
         finally:

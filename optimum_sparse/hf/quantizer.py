@@ -22,9 +22,10 @@ from ..config import SparsityConfig
 from ..core import Needs
 from ..formats import FORMATS, bitmask
 from ..nn import Experts, SparseLinear
+from ..pipeline import Linear
 from ..report import PruningReport
 from .blocks import Plan, linears_of, make_plan
-from .checkpoint import REPORT_FILE, check_stored, read_headers, read_report, stored_matrices
+from .checkpoint import REPORT_FILE, TOKENIZER_ERRORS, check_stored, read_headers, read_report, stored_matrices
 from .placement import offloaded_weight, onload
 from .prune import measures_layers, prune_model
 
@@ -123,7 +124,8 @@ class SparsityQuantizer(HfQuantizer):
             )
             for owner, key in sorted(fused)
         ]
-        return [*of_experts, WeightConverter(list(bitmask.SUFFIXES), "weight", [self._decompress])]
+        of_linears = WeightConverter([rf"\.{suffix}$" for suffix in bitmask.SUFFIXES], ".weight", [self._decompress])
+        return [*of_experts, of_linears]
 
     def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel | None = None) -> list:
         if self._skeleton is not None and self._files:  # here, since only here all names on disk are known
@@ -174,6 +176,9 @@ class SparsityQuantizer(HfQuantizer):
         model.is_quantized = any(isinstance(module, SparseLinear) for module in model.modules())
         if not model.is_quantized and hasattr(model.config, "_is_quantized"):
             del model.config._is_quantized
+        hooks = model._load_state_dict_pre_hooks.values()
+        if not any(getattr(hook, "hook", None) is decode_state for hook in hooks):
+            model.register_load_state_dict_pre_hook(decode_state)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """As device_map="auto" should count it: layers take more on a GPU than on disk once they are packed."""
@@ -217,6 +222,8 @@ class SparsityQuantizer(HfQuantizer):
             state = {name: tensor for name, tensor in state.items() if self._part(name)}
             linears = {name: linear for name, linear in linears.items() if self._part(f"{name}.weight")}
             experts = {name: part for name, part in experts.items() if self._part(f"{name}.weight")}
+        elif given is None:
+            self._refuse_changed(model, linears, state)
 
         def put(name: str, weight: Tensor) -> None:
             """A matrix [out, in], compressed if it was pruned."""
@@ -249,6 +256,20 @@ class SparsityQuantizer(HfQuantizer):
                     owner, _, key = name.rpartition(".")
                     state[name] = offloaded_weight(model.get_submodule(owner), key)
         return state, {"format": "pt"}
+
+    def _refuse_changed(self, model: PreTrainedModel, linears: dict[str, Linear], state: dict[str, Tensor]) -> None:
+        """Raise ValueError for a module that was pruned and has no ordinary weight any more."""
+        pruned = [] if self.report is None else [layer.name for layer in self.report.layers if layer.skipped is None]
+        modules = dict(model.named_modules())
+        for name in pruned:
+            module = modules.get(name)  # None: layers may be cut off
+            stored = isinstance(module, SparseLinear) or (name in linears and f"{name}.weight" in state)
+            if module is not None and not stored:
+                raise ValueError(
+                    f"{name} was pruned, and as it is now ({type(module).__name__}) it cannot be stored: before "
+                    "saving, take off what replaced its weight (torch.nn.utils.parametrize.remove_parametrizations, "
+                    "torch.nn.utils.prune.remove), or call model.dequantize() to store it dense."
+                )
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Weights of ordinary linears, zeros in place.
@@ -311,7 +332,10 @@ class Decompress(ConversionOps):
         owner, _, key = full_layer_name.rpartition(".")
         if owner in self.experts and key in self.experts[owner].matrices:
             return {full_layer_name: self._join(owner, key, input_dict)}
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        tensors = {
+            pattern[len(r"\.") : -len("$")]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
         if owner not in self.compressed:
             if len(tensors) != 1 or not tensors.keys().isdisjoint(bitmask.SUFFIXES[:-1]):
                 raise ValueError(
@@ -319,11 +343,11 @@ class Decompress(ConversionOps):
                 )
             return {full_layer_name: next(iter(tensors.values()))}
         linear = self.compressed[owner]
-        weight = self._decode(owner, tensors)
+        weight = self.decode(owner, tensors)
         weight = weight.T.contiguous() if linear.transposed else weight
-        return {"weight": weight.to(linear.module.weight.dtype)}
+        return {full_layer_name: weight.to(linear.module.weight.dtype)}
 
-    def _decode(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    def decode(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         linear = self.compressed[name]
         try:
             return bitmask.decode(tensors, linear.shape, linear.pattern)
@@ -346,11 +370,46 @@ class Decompress(ConversionOps):
             linear = self.compressed.get(name)
             wanted = ["weight"] if linear is None else list(bitmask.layout(linear.shape, linear.pattern))
             tensors = {suffix: next(left[suffix]) for suffix in wanted}
-            weights.append(tensors["weight"] if linear is None else self._decode(name, tensors))
+            weights.append(tensors["weight"] if linear is None else self.decode(name, tensors))
         if any(True for rest in left.values() for _ in rest):
             self.problems.append(f"{owner}: the file has more experts than {len(weights)} for {key}")
         dtype = experts.fused.get_parameter(key).dtype
         return torch.stack([part.T if experts.fused.is_transposed else part for part in weights]).to(dtype)
+
+
+@torch.no_grad()
+def decode_state(model: PreTrainedModel, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """A hook of load_state_dict, for weights that are dense in memory and compressed in `state`: Trainer reads its
+    checkpoints past `from_pretrained`.
+
+    Raises:
+        ValueError: a matrix that cannot be decoded, naming it.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, SparsityQuantizer) or not any(name.endswith(".weight_mask") for name in state):
+        return
+    plan = make_plan(model, quantizer.quantization_config, strict=False)
+    decompress = Decompress(plan)
+
+    def weight_of(name: str) -> Tensor | None:
+        """[out, in], of a linear or an expert's; None if `state` does not have it."""
+        names = {suffix: f"{prefix}{name}.{suffix}" for suffix in bitmask.SUFFIXES}
+        tensors = {suffix: state.pop(stored) for suffix, stored in names.items() if stored in state}
+        return decompress.decode(name, tensors) if "weight_mask" in tensors else tensors.get("weight")
+
+    for name, linear in plan.linears.items():
+        if linear.expert is None and f"{prefix}{name}.weight_mask" in state:
+            weight = weight_of(name)
+            assert weight is not None
+            state[f"{prefix}{name}.weight"] = weight.T if linear.transposed else weight
+    for owner, experts in plan.experts.items():
+        for key in experts.matrices:
+            parts = [weight_of(f"{owner}.{number}.{key}") for number in range(len(experts.members))]
+            if all(part is not None for part in parts):
+                stack = torch.stack([part for part in parts if part is not None])
+                state[f"{prefix}{owner}.{key}"] = stack.mT if experts.fused.is_transposed else stack
+    if decompress.problems:
+        raise ValueError("; ".join(decompress.problems[:4]))
 
 
 def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -442,7 +501,7 @@ def load_tokenizer(config: PreTrainedConfig, **kwargs: Any) -> Any:
     revision = getattr(config, "_commit_hash", None)
     try:
         return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}) | kwargs)
-    except (OSError, ValueError) as error:
+    except TOKENIZER_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("%s has no tokenizer that can be loaded: %s", source, reason)
         return None

@@ -222,8 +222,13 @@ def token_weights(group: Sequence[Linear | Block], sensitivity: Sensitivity | No
     if sensitivity is None:
         felt = [torch.ones(hidden.shape[:2].numel(), device=hidden.device) for hidden in calls.hidden]
     else:
-        of_parts = zip(*(sensitivity.tokens[part.name] for part in group), strict=True)
-        felt = [torch.stack(parts).sum(0) for parts in of_parts]
+        felt = []
+        for batch, parts in enumerate(zip(*(sensitivity.tokens[part.name] for part in group), strict=True)):
+            reached = [part for part in parts if part.numel()]  # no gradient reaches some linears
+            if not reached:
+                tokens = max(len(felt_of[batch]) for felt_of in sensitivity.tokens.values())
+                reached = [torch.ones(tokens, device=parts[0].device)]
+            felt.append(torch.stack(reached).sum(0))
         if len(felt) != len(calls.hidden):  # batches were halved
             felt = list(torch.cat(felt).split([hidden.shape[:2].numel() for hidden in calls.hidden]))
     real = [

@@ -335,6 +335,19 @@ def test_names_that_match_nothing_are_refused(rules):
         make_plan(make_model("llama"), make_config(**rules))
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [dict(targets=["q_proj", "lm_head"]), dict(layers={"embed_tokens": 0.5}), dict(allocation={"model.norm": 0.5})],
+)
+def test_names_outside_of_the_blocks_are_not_pruned_and_not_ignored(rules):
+    pattern = {"pattern": "unstructured"} if "allocation" in rules else {}
+    with pytest.raises(
+        ValueError, match=r"names '.*', which is outside of model\.layers: only what is in it is pruned"
+    ):
+        make_plan(make_model("llama"), make_config(**pattern, **rules))
+    make_plan(make_model("llama"), make_config(layers={"lm_head": "dense", "embed_tokens": "dense"}))
+
+
 @pytest.mark.parametrize(("rule", "meant"), [("qproj", "q_proj"), ("layers.0.mpl", "model.layers.0.mlp")])
 def test_a_mistyped_name_is_guessed(rule, meant):
     with pytest.raises(ValueError, match=rf"{rule}.*: did you mean '{meant}'\?"):

@@ -236,6 +236,8 @@ def test_csr_export(pattern, sparse_checkpoints, tmp_path):
     assert found.nbytes["csr"] == sizes
     with pytest.raises(RuntimeError, match=r"shape|size"):  # not random numbers
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"proj: shape is \[\d+\], the model's weight has \[\d+, \d+\]"):
+        survey(tmp_path / "out")
 
 
 def test_survey_of_dense_and_sparse_forms_of_one_model_agree(sparse_checkpoints, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from inspect import getattr_static
 
@@ -22,6 +23,9 @@ from models import (
     token_ids,
     weights_of,
 )
+from safetensors.torch import load_file
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import custom_from_mask
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,6 +34,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.llama import modeling_llama
 
 import optimum_sparse
 from optimum_sparse import Pruner, SparseModelForCausalLM, SparsityConfig
@@ -563,6 +568,99 @@ def test_a_sparser_weight_can_be_saved(sparse_checkpoints, tmp_path):
         assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), model)
         compressed = AutoModelForCausalLM.from_pretrained(folder, run_compressed=True)
         torch.testing.assert_close(logits(compressed), logits(model))
+
+
+class Kept(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.keep = weight != 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.keep
+
+
+class OwnLinear(torch.nn.Linear):
+    pass
+
+
+CHANGES = {
+    "parametrization": lambda mlp: register_parametrization(mlp.down_proj, "weight", Kept(mlp.down_proj.weight)),
+    "mask": lambda mlp: custom_from_mask(mlp.down_proj, "weight", (mlp.down_proj.weight != 0).float()),
+    "class": lambda mlp: setattr(mlp, "down_proj", OwnLinear(64, 32, bias=False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pruned_linear_that_became_something_else_is_not_saved(change, sparse_checkpoints, tmp_path):
+    """What was saved could not be loaded again."""
+    model = AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"])
+    CHANGES[change](model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj was pruned, .* cannot be stored: before"):
+        model.save_pretrained(tmp_path / "changed")
+    model.dequantize().save_pretrained(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("run_compressed", MODES)
+def test_a_linear_whose_name_ends_in_weight(run_compressed, tmp_path, monkeypatch):
+    class MLP(modeling_llama.LlamaMLP):
+        def __init__(self, config):
+            super().__init__(config)
+            self.down_weight = self.down_proj
+            del self.down_proj
+
+        def forward(self, x):
+            return self.down_weight(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", MLP)
+    model = Pruner.from_pretrained(make_model("llama")).prune(make_config("magnitude"))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, run_compressed=run_compressed)
+    assert_same_logits(again, model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_stored_state_dict_loads_into_a_dense_model(pattern, architecture, tmp_path):
+    """As Trainer resumes, and loads the best of its checkpoints."""
+    model = Pruner.from_pretrained(make_model(architecture)).prune(make_config("magnitude", pattern))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    again = copy.deepcopy(model)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    again.load_state_dict(dict(state), strict=not again._tied_weights_keys)
+    assert_same_weights(again, model)
+    dense = make_model(architecture).state_dict()
+    again.load_state_dict(dense)
+    assert all(torch.equal(dense[name], tensor) for name, tensor in again.state_dict().items())
+    name = next(name for name in state if name.endswith(".weight_mask"))
+    with pytest.raises(ValueError, match=re.escape(name.removesuffix(".weight_mask"))):
+        again.load_state_dict(state | {name: state[name][1:]})
+
+
+def test_prune_on_load_in_a_callers_inference_mode(tiny_llama, pruned_explicitly):
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=make_config("sparsegpt"))
+    assert_same_weights(model, pruned_explicitly["sparsegpt"])
+
+
+@pytest.mark.parametrize("error", [ImportError("needs sacremoses"), TypeError("no vocabulary"), OSError("no file")])
+def test_a_tokenizer_that_cannot_be_loaded_stops_no_one_who_needs_none(error, tiny_llama, tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", failing)
+    Pruner.from_pretrained(tiny_llama).prune(make_config("magnitude")).save_pretrained(tmp_path / "sparse")
+    export_dense(str(tmp_path / "sparse"), str(tmp_path / "dense"))
+
+
+def test_inspect_misses_a_shard(sparse_checkpoints, tmp_path):
+    AutoModelForCausalLM.from_pretrained(sparse_checkpoints["2:4"]).save_pretrained(tmp_path, max_shard_size="5KB")
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    inspect(str(tmp_path))
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {first.name}, which model.safetensors.index.json names"):
+        inspect(str(tmp_path))
 
 
 @pytest.mark.parametrize("run_compressed", MODES)

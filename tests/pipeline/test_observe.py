@@ -474,6 +474,18 @@ def test_tokens_that_are_felt_alike_weigh_one(value: float):
     torch.testing.assert_close(weights, torch.ones(120))
 
 
+def test_a_linear_that_no_gradient_reached_does_not_count():
+    """An indexer that only chooses tokens, say; it may share its input with others."""
+    block, batches = block_of(Attention()), tokens_of()
+    q, k = block.linears[:2]
+    felt = [torch.rand(60) for _ in range(2)]
+    sensitivity = Sensitivity({q.name: felt, k.name: [torch.zeros(0)] * 2}, {})
+    for group, wanted in (([q, k], [q]), ([k, q], [q])):
+        weights = token_weights(group, sensitivity, calls_of(batches))
+        torch.testing.assert_close(weights, token_weights(wanted, sensitivity, calls_of(batches)))
+    torch.testing.assert_close(torch.cat(token_weights([k], sensitivity, calls_of(batches))), torch.ones(120))
+
+
 # ---- nothing is left behind
 
 
