@@ -25,7 +25,15 @@ from ..nn import Experts, SparseLinear
 from ..pipeline import Linear
 from ..report import PruningReport
 from .blocks import Plan, linears_of, make_plan
-from .checkpoint import REPORT_FILE, TOKENIZER_ERRORS, check_stored, read_headers, read_report, stored_matrices
+from .checkpoint import (
+    REPORT_FILE,
+    TOKENIZER_ERRORS,
+    check_stored,
+    names_in_model,
+    read_headers,
+    read_report,
+    stored_matrices,
+)
 from .placement import offloaded_weight, onload
 from .prune import measures_layers, prune_model
 
@@ -215,7 +223,11 @@ class SparsityQuantizer(HfQuantizer):
         plan = make_plan(model, config, strict=False)
         linears = plan.linears
         if _would_be_merged(model, plan):
-            model._weight_conversions = []
+            renamings = [c for c in _conversions(model) if not isinstance(c, WeightConverter)]
+            again = names_in_model(model, renamings, model.state_dict())
+            # Where loading would rename modules too, their names on disk have to be those of before.
+            renames = any(name != again.get(name) for name in model.state_dict())
+            model._weight_conversions = renamings if renames else []
         state = _stored_state(model) if given is None else dict(given)
         experts = plan.experts
         if self._part is not None:
@@ -437,11 +449,14 @@ def _would_be_merged(model: PreTrainedModel, plan: Plan) -> bool:
     names = [f"{name}.weight" for name in plan.linears]
     apart = plan.experts | {name: part for name, part in model.named_modules() if isinstance(part, Experts)}
     names += [f"{name}.{key}" for name, experts in apart.items() for key in experts.matrices]
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    reverses = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
+    reverses = [c.reverse_transform() for c in _conversions(model) if isinstance(c, WeightConverter)]
     return any(_would_join(reverse, names) for reverse in reverses)
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """What transformers does to the names and weights of this model's files."""
+    conversions = getattr(model, "_weight_conversions", None)
+    return get_model_conversion_mapping(model, add_legacy=False) if conversions is None else conversions
 
 
 def _would_join(conversion: Any, names: Iterable[str]) -> bool:

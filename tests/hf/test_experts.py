@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from helpers import output_error
 from models import (
@@ -421,6 +422,22 @@ def test_a_failure_half_way_puts_the_model_together():
 
 
 MIXED = dict(layers={f"{NAME}.1": "dense", f"{NAME}.2.down_proj": 0.25, "model.layers.1.mlp": "dense"})
+
+
+@pytest.mark.skipif(not hasattr(transformers, "LagunaConfig"), reason="an older transformers")
+@pytest.mark.parametrize("run_compressed", [False, True])
+def test_names_of_modules_that_loading_would_rename(run_compressed: bool, tmp_path):
+    """transformers takes "mlp.shared_expert." for a pattern, which fits "mlp.shared_experts" as well."""
+    sizes = dict(vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    heads = dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=8, pad_token_id=2)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    config = transformers.LagunaConfig(**sizes, **heads, **experts)
+    model = Pruner.from_pretrained(AutoModelForCausalLM.from_config(config).eval()).prune(make_config("magnitude"))
+    model.save_pretrained(tmp_path / "one")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one", run_compressed=run_compressed)
+    torch.testing.assert_close(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "two")
+    assert stored_tensors(tmp_path / "two").keys() == stored_tensors(tmp_path / "one").keys()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
