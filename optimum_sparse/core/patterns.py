@@ -92,9 +92,7 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
     if isinstance(kept, int):
         if kept == 0 or kept == n:
             return torch.full(score.shape, kept == n, dtype=torch.bool, device=score.device)
-        if (
-            score.device.type in ("cpu", "cuda") and n <= 8 and score.numel() > 2**16
-        ):  # of fewer, the calls take longer
+        if n <= 8 and score.numel() > 2**16:  # of fewer, the calls take longer
             return _keep_top_of_few(score, kept)
         if score.device.type == "cuda" and n <= 32:
             return _keep_top_by_rank(score, kept)

@@ -73,9 +73,8 @@ def measure_speed(
         ArithmeticError: a result is further from float64 than twice the dense layer's and its dtype's precision.
     """
     device = torch.device(device)
-    with (
-        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    ):  # graphs are of the current one
+    # CUDA graphs and events are those of the current device.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return _measure(shape, tokens, pattern, dtype, device, budget)
 
 
