@@ -23,8 +23,9 @@ from optimum_sparse.kernels import precision
 
 WORLD = 2
 TIMEOUT = 90  # seconds: of the processes to meet, each time, and of all that they do
-# Summation order decides near ties. Of errors and of weights, both relative; the share of masks that may differ. Two of
-# a small matrix's 895 kept weights were seen to differ: its error by 0.002, and what makes up for them by over 0.01.
+# Summation order decides near ties. Of errors and of weights, both relative; the share of masks that may differ. Two
+# of a small matrix's 895 kept weights were seen to differ: its error by 0.002, and what makes up for them by
+# over 0.01.
 TOLERANCES = (0.01, 0.01, 0.005)
 
 
