@@ -12,7 +12,7 @@ WORKERS ?= 2
 .PHONY: help quickstart test test-oldest check format clean
 
 help:
-	@echo "make quickstart  prune a real model to 2:4 and see what it cost (4 to 6 minutes on 2 cores)"
+	@echo "make quickstart  prune a real model to 2:4 and see what it cost (4 to 12 minutes on 2 cores)"
 	@echo "make test        install and run all tests that need no GPU"
 	@echo "make test-oldest the integration tests again, on transformers 5.17"
 	@echo "make check       lint, format, types, layering"
