@@ -273,25 +273,19 @@ def _check_rules(model: PreTrainedModel, config: SparsityConfig, blocks: str) ->
     names = ["lm_head"]  # always allowed: it stays dense, and a base model has none
     names += [full_name(model)(name) for name in module_names(model) if name]
     inside = [name for name in names if name.startswith(f"{blocks}.")]
-    prunes = {
-        "targets": config.targets or [],
-        "layers": [rule for rule, pattern in config.layers.items() if pattern != "dense"],
-        "allocation": list(config.allocation) if isinstance(config.allocation, dict) else [],
-    }
-    spares = {
-        "ignore": config.ignore,
-        "layers": [rule for rule, pattern in config.layers.items() if pattern == "dense"],
-    }
-    for kind, rule in ((kind, rule) for named in (prunes, spares) for kind, rules in named.items() for rule in rules):
+    allocated = list(config.allocation) if isinstance(config.allocation, dict) else []
+    rules = [("targets", rule, True) for rule in config.targets or []]
+    rules += [("ignore", rule, False) for rule in config.ignore]
+    rules += [("layers", rule, pattern != "dense") for rule, pattern in config.layers.items()]
+    rules += [("allocation", rule, True) for rule in allocated]
+    for kind, rule, prunes in rules:
         if not any(matches(rule, name) for name in names):
             parts = dict.fromkeys(part for name in reversed(names) for part in (name, name.rpartition(".")[2]))
             close = difflib.get_close_matches(rule, parts, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"they are called like {names[len(names) // 2]!r}."
             raise ValueError(f"{kind} names {rule!r}, which matches no module of {type(model).__name__}: {hint}")
-    for kind, rules in prunes.items():
-        for rule in rules:
-            if not any(matches(rule, name) for name in inside):
-                raise ValueError(f"{kind} names {rule!r}, which is outside of {blocks}: only what is in it is pruned.")
+        if prunes and not any(matches(rule, name) for name in inside):
+            raise ValueError(f"{kind} names {rule!r}, which is outside of {blocks}: only what is in it is pruned.")
 
 
 def _some(names: list[str], limit: int = 4) -> str:

@@ -410,15 +410,15 @@ def decode_state(model: PreTrainedModel, state: dict[str, Tensor], prefix: str, 
         return decompress.decode(name, tensors) if "weight_mask" in tensors else tensors.get("weight")
 
     for name, linear in plan.linears.items():
-        if linear.expert is None and f"{prefix}{name}.weight_mask" in state:
-            weight = weight_of(name)
-            assert weight is not None
+        stored = linear.expert is None and f"{prefix}{name}.weight_mask" in state
+        if stored and (weight := weight_of(name)) is not None:
             state[f"{prefix}{name}.weight"] = weight.T if linear.transposed else weight
     for owner, experts in plan.experts.items():
         for key in experts.matrices:
-            parts = [weight_of(f"{owner}.{number}.{key}") for number in range(len(experts.members))]
-            if all(part is not None for part in parts):
-                stack = torch.stack([part for part in parts if part is not None])
+            members = [weight_of(f"{owner}.{number}.{key}") for number in range(len(experts.members))]
+            found = [weight for weight in members if weight is not None]
+            if len(found) == len(members):
+                stack = torch.stack(found)
                 state[f"{prefix}{owner}.{key}"] = stack.mT if experts.fused.is_transposed else stack
     if decompress.problems:
         raise ValueError("; ".join(decompress.problems[:4]))
