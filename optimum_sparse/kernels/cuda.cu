@@ -45,6 +45,11 @@ __device__ __forceinline__ const int* start_of(const Matrix& w, int row, int spa
   return w.starts + ((i64)(row / ROWS) * ((w.columns + SPAN - 1) / SPAN + 1) + span) * ROWS + row % ROWS;
 }
 
+// A kernel begins when the one before ends on some processors (see `_config` in cuda.py), and waits for its results before
+// it reads anything. Until then memory would be idle: it fetches its first weights to L2. That much a warp: steps of
+// `gather`, pairs of tiles of `multiply`.
+constexpr int EARLY = 2;
+
 // ---- gather
 
 constexpr int STEP = 32;  // words of a row, one per lane, that a warp takes at a time: 1,024 columns
@@ -147,23 +152,37 @@ __global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(
     next_extra = __ldg(start_of(w, row, STEP / 4 * step));
     next_end = __ldg(start_of(w, row, min(STEP / 4 * (step + 1), (w.columns + SPAN - 1) / SPAN)));
   };
-  auto fetch = [&] {
+  auto fetch_words = [&] {
     const int at = step * STEP + lane;
     const bool there = row < w.rows && at < words;
     const i64 index = (i64)row * words + at;
     bits = there ? load_once(w.mask + index) : 0;
     load_values<SLOTS>(values, w.values + SLOTS * index, there);
+  };
+  auto fetch_entries = [&] {
     if (!OVERFLOW) return;
     extra = next_extra + lane, extra_end = row < w.rows ? next_end : 0;
 #pragma unroll
     for (int i = 0; i < 2; i++)
       if (extra + LANES * i < extra_end) entries[i] = load_once(w.overflow + extra + LANES * i);
-    if (step + 1 < steps) seek(row, step + 1);  // which the next `fetch` must not wait for
+    if (step + 1 < steps) seek(row, step + 1);  // which the next must not wait for
     else seek(row + stride, 0);
   };
+  let_next_kernel_begin();
+#pragma unroll
+  for (int i = 0, r = row, s = 0; i < EARLY; i++) {
+    const i64 index = (i64)r * words + s * STEP + lane;
+    if (r < w.rows && s * STEP + lane < words) {
+      prefetch(w.values + SLOTS * index);
+      if (lane % 8 == 0) prefetch(w.mask + index);
+    }
+    if (++s == steps) s = 0, r += stride;
+  }
+  wait_for_kernel_before();
   seek(row, step);
-  fetch();  // before x is staged: the first weights take longest
+  fetch_words();  // before x is staged: the first weights take longest
   spread_x<BF16, TOKENS>(call, staged);
+  fetch_entries();  // after that: where they are had to come first
   __syncthreads();
 
   float sum[TOKENS] = {};
@@ -174,7 +193,8 @@ __global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(
     const int here = row, at = step * STEP + lane, extra_now = extra, end_now = extra_end;
     const u32 *first = staged + EACH * place(at, 0), *last = first + EACH * STEP_ROW * 31;
     if (++step == steps) step = 0, row += stride;
-    fetch();
+    fetch_words();
+    fetch_entries();
     if (at < words) {  // a branch, before which the compiler has to ask for the next words
       auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
       constexpr int HALF = OVERFLOW ? SLOTS / 2 : 0;  // that is walked from the other end: see formats/slots.py
@@ -250,6 +270,13 @@ struct Words {
     if (!OVERFLOW || !there) return make_int2(0, 0);
     const int* start = start_of(w, ROWS * group + threadIdx.x % LANES / 4, span);
     return make_int2(__ldg(start), __ldg(start + ROWS));
+  }
+  static __device__ __forceinline__ void prefetch_tile(const Matrix& w, int group, int span, int groups) {
+    const int lane = threadIdx.x % LANES, words = w.columns / 32, row = ROWS * group + lane / 4;
+    const i64 index = (i64)row * words + 4 * span + lane % 4;
+    if (group >= groups || row >= w.rows || 4 * span + lane % 4 >= words) return;
+    prefetch(w.values + SLOTS * index);
+    if (lane % 4 == 0) prefetch(w.mask + index);
   }
   // `rows` are there; columns beyond the end and missing rows are zeros.
   static __device__ __forceinline__ void ask(u32 room, const Matrix& w, const Pieces& mine, int group, int span, int rows,
@@ -415,6 +442,13 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
       }
     commit_copies();
   };
+  let_next_kernel_begin();
+#pragma unroll
+  for (int i = 0, unit = 0, span = warp; i < EARLY; i++) {
+    Word::prefetch_tile(w, first + 2 * unit, span, last), Word::prefetch_tile(w, first + 2 * unit + 1, span, last);
+    if (2 * ++unit >= size) unit = 0, span += warps;
+  }
+  wait_for_kernel_before();
 #pragma unroll
   for (int unit = 0; unit < AHEAD; unit++) seek(unit, first, warp), ask(unit, first, warp);
   seek(AHEAD, first, warp);
@@ -562,7 +596,7 @@ struct Part {
 // What a warpgroup, the `group`th of its block, does with its sums, 64 rows of W by TOKENS, of the tile that a part is at.
 template <bool BF16, int GROUPS, int TOKENS>
 __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, float (&sum)[TOKENS / 2], int group) {
-  constexpr int FOURS = TOKENS / 8, TOGETHER = TOKENS < 64 ? 64 / TOKENS : 1;  // pieces that are on their way at a time
+  constexpr int FOURS = TOKENS / 8, TOGETHER = TOKENS < 128 ? 128 / TOKENS : 1;  // pieces that are on their way at a time
   const Matrix& w = call.w;
   const int thread = threadIdx.x % 128, lane = thread % LANES, warp = thread / LANES, block = blockIdx.x;
   auto piece = [&](int block) {  // the sums that a block leaves
@@ -620,138 +654,111 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, f
   }
 }
 
-// A block makes 64 * GROUPS columns of y for TOKENS tokens at a time.
+// A block makes 64 * GROUPS columns of y for TOKENS tokens at a time. Each warp of a warpgroup brings the 16 rows of W that
+// it multiplies into registers itself, as in `multiply`; x is there for all of them.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
-__global__ void __launch_bounds__(384, TOKENS > 64 ? 1 : 2) stream(const Call call) {
+__global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) stream(const Call call) {
   SHARED(memory);
-  constexpr int EXPANDERS = 12 - 4 * GROUPS, WORDS = 8 * GROUPS / EXPANDERS;  // of each lane and step
-  constexpr int W = 8 * GROUPS * TILE, X = TOKENS / 8 * TILE;  // bytes of a step
-  constexpr int STAGES = TOKENS == 64 || TOKENS == 256 ? 2 : 3;  // as many as there is room for
-  constexpr int AHEAD = WORDS == 1 ? 3 : 1;  // steps that a lane has asked for
+  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, AHEAD = 2;
+  constexpr int STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2;  // of x; before the first step
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
-  const u32 tiles = (address(memory) + TILE - 1) / TILE * TILE, table = tiles + STAGES * (W + X);
-  const u32 full = table + 128, empty = full + 8 * STAGES;
-  const u32 asked = empty + 8 * STAGES;  // [AHEAD][tile of the block's]
-  Part now(call, spans, blockIdx.x), later = now;
-  int stage = 0, turn = 0;
+  const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * X + warp * 2 * TILE;
+  const u32 table = xs + STAGES * X + (PAIRS ? 0 : WARPS * 2 * TILE), full = table + 128, empty = full + 8 * STAGES;
+  const u32 rooms = empty + 8 * STAGES + warp * AHEAD * 2 * Word::ROOM;
+  Part now(call, spans, blockIdx.x), later = now, next = now;  // what is multiplied; asked for of W; of x
 
-  // Warps that expand walk twice over the part's steps: one walk asks for tiles, the other, AHEAD steps behind, expands.
-  const int mine = warp - 4 * GROUPS;
   const typename Word::Pieces pieces(w, lane);
   int span, group, more = 0;  // of what is asked for next, and how often before the tile of y ends
-  int2 starts[WORDS];         // and where its overflow is
-  auto room = [&](int slot, int i) { return asked + ((slot * EXPANDERS + mine) * WORDS + i) * Word::ROOM; };
+  int2 starts[2];             // and where its overflow is
+  auto room = [&](int slot, int k) { return rooms + (slot * 2 + k) * Word::ROOM; };
   auto seek = [&]() INLINE {
     if (more == 0 && later.is_left()) {
-      span = later.span(), group = later.tile / token_tiles * (8 * GROUPS) + mine, more = later.stop - later.at;
+      span = later.span(), group = later.tile / token_tiles * (8 * GROUPS) + 2 * warp, more = later.stop - later.at;
       later.leave();
     }
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) {
-      const int here = group + EXPANDERS * i;
-      starts[i] = Word::seek(w, here, span, more && ROWS * here < w.rows);
-    }
+    for (int k = 0; k < 2; k++) starts[k] = Word::seek(w, group + k, span, more && ROWS * (group + k) < w.rows);
   };
   auto ask = [&](int slot) INLINE {
     if (more) {
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) {
-        const int here = group + EXPANDERS * i;
-        Word::ask(room(slot, i), w, pieces, here, span, w.rows - ROWS * here, starts[i]);
-      }
+      for (int k = 0; k < 2; k++)
+        Word::ask(room(slot, k), w, pieces, group + k, span, w.rows - ROWS * (group + k), starts[k]);
       span++, more--;
       seek();
     }
     commit_copies();
   };
-  if (mine >= 0) {  // before all else: W does not wait for what x waits for
-    seek();
-    for (int slot = 0; slot < AHEAD; slot++) ask(slot);
-  }
+  seek();  // before all else: W does not wait for what x waits for
+  for (int slot = 0; slot < AHEAD; slot++) ask(slot);
 
   let_next_kernel_begin();
   if (PAIRS) write_selectors(table);
   if (threadIdx.x < STAGES) {
-    start_barrier(full + 8 * threadIdx.x, EXPANDERS + 1);  // and x
-    start_barrier(empty + 8 * threadIdx.x, GROUPS);
+    start_barrier(full + 8 * threadIdx.x, 1);
+    start_barrier(empty + 8 * threadIdx.x, WARPS);
   }
   publish_barriers();
   __syncthreads();
 
-  if (mine >= 0) {
-    const char* x;  // of the next step
-    auto expand = [&](const Word (&words)[WORDS], int span) {
-      const u32 stored = tiles + stage * (W + X), ready = full + 8 * stage;
-      wait_barrier(empty + 8 * stage, turn ^ 1);
-      if (mine == 0 && lane == 0) copy_many(stored + W, x, X, ready);
-      x += X;
-      u32 to[WORDS];
-      int groups[WORDS];
-#pragma unroll
-      for (int i = 0; i < WORDS; i++) {
-        to[i] = stored + (mine + EXPANDERS * i) * TILE;
-        groups[i] = now.tile / token_tiles * (8 * GROUPS) + mine + EXPANDERS * i;
-      }
-      if constexpr (PAIRS) {
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-#pragma unroll
-          for (int k = 0; k < WORDS; k++) {
-            const uint2 pairs = four_columns(words[k], i, table);
-            store4(to[k] + 4 * lane + 2 * BLOCK * i, pairs.x);
-            store4(to[k] + 4 * lane + 2 * BLOCK * i + BLOCK, pairs.y);
-          }
-      } else {
-        spread<WORDS>(w, words, groups, span, to);
-      }
-      publish_stores();
-      __syncwarp();
-      if (lane == 0) arrive(ready);
-      if (++stage == STAGES) stage = 0, turn ^= 1;
-    };
-    if (mine == 0) wait_for_kernel_before();
-    for (int slot = 0; now.is_left(); now.leave()) {
-      x = (const char*)call.x + ((i64)(now.tile % token_tiles) * spans + now.span()) * X;
-      for (int left = now.stop - now.at; left; left--) {
-        wait_copies<AHEAD - 1>();
-        __syncwarp();
-        Word words[WORDS];
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) words[i].take(room(slot, i));
-        __syncwarp();
-        ask(slot);
-        expand(words, now.stop - left - now.tile * spans);
-        if (++slot == AHEAD) slot = 0;
-      }
-    }
-  } else {
-    const int group = warp / 4, thread = threadIdx.x % 128;
+  int filled = 0, filled_turn = 0, next_span = next.span();
+  auto fill = [&]() INLINE {  // the next stage with the x of the next step; one thread
+    if (!next.is_left()) return;
+    wait_barrier(empty + 8 * filled, filled_turn ^ 1);
+    const char* from = (const char*)call.x + ((i64)(next.tile % token_tiles) * spans + next_span) * X;
+    copy_many(xs + filled * X, from, X, full + 8 * filled);
+    if (++filled == STAGES) filled = 0, filled_turn ^= 1;
+    if (++next_span + next.tile * spans < next.stop) return;
+    next.leave();
+    if (next.is_left()) next_span = next.span();
+  };
+  const bool fills = threadIdx.x == 0;
+  if (fills) {
     wait_for_kernel_before();
-    for (; now.is_left(); now.leave()) {
-      float sum[TOKENS / 2] = {};
-      int before = -1;  // the stage of the products that are not waited for yet
-      for (int steps = now.stop - now.at; steps; steps--) {
-        const u32 stored = tiles + stage * (W + X);
-        wait_barrier(full + 8 * stage, turn);
-        begin_products();
-        const u64 a = described(stored + group * 8 * TILE, BLOCK, TILE), b = described(stored + W, BLOCK, TILE);
+    for (int i = 0; i < FILLED; i++) fill();
+  }
+  for (int stage = 0, turn = 0, slot = 0; now.is_left(); now.leave()) {
+    float sum[TOKENS / 2] = {};
+    for (int left = now.stop - now.at; left; left--) {
+      if (fills) fill();
+      Word words[2];
+      wait_copies<AHEAD - 1>();
+      __syncwarp();
+      words[0].take(room(slot, 0)), words[1].take(room(slot, 1));
+      __syncwarp();
+      ask(slot);
+      if (++slot == AHEAD) slot = 0;
+      const int here = now.tile / token_tiles * (8 * GROUPS) + 2 * warp;
+      if constexpr (!PAIRS)
+        spread<2>(w, words, {here, here + 1}, now.stop - left - now.tile * spans, {tiles, tiles + TILE});
+      u32 a[SPAN / 16][4];
 #pragma unroll
-        for (int j = 0; j < SPAN / 16; j++)
-          multiply_tile<BF16, TOKENS>(sum, further(a, 2 * BLOCK * j), further(b, 2 * BLOCK * j));
-        commit_products();
-        wait_products<1>();
-        if (before >= 0 && thread == 0) arrive(empty + 8 * before);
-        before = stage;
-        if (++stage == STAGES) stage = 0, turn ^= 1;
-      }
-      wait_products<0>();
-      keep(sum);
-      if (thread == 0) arrive(empty + 8 * before);
-      finish_tile<BF16, GROUPS, TOKENS>(call, now, sum, group);
+      for (int i = 0; i < SPAN / 16; i++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          if constexpr (PAIRS) {
+            const uint2 pairs = four_columns(words[k], i, table);
+            a[i][k] = pairs.x, a[i][2 + k] = pairs.y;
+          } else {
+            const u32 own = tiles + k * TILE + 4 * lane + 2 * i * BLOCK;
+            a[i][k] = load4(own), a[i][2 + k] = load4(own + BLOCK);
+          }
+        }
+      wait_barrier(full + 8 * stage, turn);
+      const u64 x = described(xs + stage * X, BLOCK, TILE);
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < SPAN / 16; i++) multiply_rows<BF16, TOKENS>(sum, a[i], further(x, 2 * BLOCK * i));
+      commit_products();
+      wait_products();
+      if (lane == 0) arrive(empty + 8 * stage);
+      if (++stage == STAGES) stage = 0, turn ^= 1;
     }
+    keep(sum);
+    finish_tile<BF16, GROUPS, TOKENS>(call, now, sum, warp / 4);
   }
 }
 
@@ -776,6 +783,8 @@ __global__ void __launch_bounds__(256) expand(const Call call) {
     }
     commit_copies();
   };
+  let_next_kernel_begin();
+  wait_for_kernel_before();
   ask(i);
   for (; i < total; i += stride) {
     Word words[1];

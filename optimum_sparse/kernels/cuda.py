@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,16 @@ TYPES = {torch.bfloat16: "true", torch.float16: "false"}
 CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
 HOPPER = (9, 0)
 TILE = 2048  # bytes of 8 rows of 128 columns, as in cuda.cu
-TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
+# Tokens that `stream` takes at a time: for small matrices and for large ones, how many times 64 rows a block has, and
+# how many blocks a processor, the best first.
+TILES = {
+    16: (((2, 2), (4, 1), (1, 2)), ((2, 2), (4, 1), (1, 2))),
+    32: (((2, 2), (4, 1), (1, 2)), ((2, 2), (4, 1), (1, 2))),
+    64: (((1, 2), (2, 1), (1, 1)), ((4, 1), (2, 1), (1, 1))),
+    128: (((2, 1),), ((2, 1),)),
+    256: (((2, 1),), ((2, 1),)),
+}
+LARGE = 2**26  # weights: what blocks leave to one another matters less
 
 
 class Launch(NamedTuple):
@@ -98,28 +108,26 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
     several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
+    launches: list[Launch] = []
     if tokens <= (4 if not layout.pairs else 1 if several else 2):
-        launch = gather(layout, tokens, processors)
-        if launch.shared <= most_shared:
-            return launch
-    if hopper and tokens > (16 if layout.pairs else 4):
-        more, fewer = [t for t in TILES if t >= tokens], [t for t in TILES if t < tokens]
-        launches = [stream(layout, tokens, tile, processors) for tile in (*more, *fewer[::-1])]
-        launches = [launch for launch in launches if launch.shared <= most_shared]
-        full = [launch for launch in launches if launch.tile > 64 or 2 * launch.shared + 1024 <= most_shared]
-        if launches:
-            return (full or launches)[0]  # rather a larger tile than one block where two could be
-    blocks = processors * (2 if several else 1)
-    launches = [multiply(layout, tokens, blocks, warps) for warps in ((8, 6, 4, 2) if several else (16, 12, 8, 4, 2))]
+        launches.append(gather(layout, tokens, (processors, most_shared)))
+    elif hopper and tokens > 8:
+        launches += streams(layout, tokens, (processors, most_shared))
+    for warps in (8, 6, 4, 2) if several else (16, 12, 8, 4, 2):
+        launches.append(multiply(layout, tokens, processors * (2 if several else 1), warps))
     return next((launch for launch in launches if launch.shared <= most_shared), None)
 
 
-def gather(layout: Layout, tokens: int, processors: int, warps: int = 16, blocks: int = 2) -> Launch:
-    """`gather` with so many warps in a block, and blocks for each processor."""
+def gather(layout: Layout, tokens: int, limits: tuple[int, int], blocks: int = 2) -> Launch:
+    """`gather` with so many blocks for each processor."""
+    (processors, most_shared), rows = limits, layout.rows
+    rounds = -(-rows // (16 * blocks * processors))  # of a row for each warp, of 16 warps in a block at most
+    warps = -(-rows // (rounds * blocks * processors))  # that have a row in the last round as well
     staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
-    warps = min(warps, -(-layout.rows // (blocks * processors)))
     shared = 34 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1)
-    blocks = min(-(-layout.rows // warps), blocks * processors)
+    # Too much for one block more on a processor: else the first that is free would take what is meant for the last.
+    shared = max(shared, (most_shared + 1024) // (blocks + 1) - 1008)
+    blocks = min(-(-rows // warps), blocks * processors)
     return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
 
 
@@ -138,16 +146,26 @@ def _room(layout: Layout) -> int:
     return 64 * layout.slots + 256 + (640 if layout.overflow else 0)
 
 
-def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int | None = None) -> Launch:
-    """`stream` of `tile` tokens and 64 * groups rows at a time; up to 64 tokens in two blocks for each processor."""
-    groups, pairs = groups or (1 if tile <= 64 else 2), str(layout.pairs).lower()
-    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{pairs},{groups},{tile}>"
-    rows, stages = 64 * groups, 2 if tile in (64, 256) else 3
-    asked = (3 if groups == 1 else 1) * 8 * groups * _room(layout)
-    steps = -(-layout.rows // rows) * -(-tokens // tile) * -(-layout.in_features // slots.SPAN)
-    blocks = max(1, min(steps // 2, processors * (1 if tile > 64 else 2)))
-    shared = TILE + stages * (TILE // 8 * (rows + tile) + 16) + 128 + asked
-    return Launch(kernel, (blocks, 1), 384, shared, steps, tile, groups)
+def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int = 2, blocks: int = 1) -> Launch:
+    """`stream` of `tile` tokens and 64 * groups rows at a time, with so many blocks for each processor."""
+    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{groups},{tile}>"
+    stages, warps = 2 if tile == 256 else 4, 4 * groups
+    steps = -(-layout.rows // (64 * groups)) * -(-tokens // tile) * -(-layout.in_features // slots.SPAN)
+    grid = max(1, min(steps // 2, processors * blocks))
+    own = 2 * (2 * _room(layout) + (0 if layout.pairs else TILE))  # of a warp
+    shared = TILE + stages * (TILE // 8 * tile + 16) + 128 + warps * own
+    return Launch(kernel, (grid, 1), 128 * groups, shared, steps, tile, groups)
+
+
+def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[Launch]:
+    """Those that fit, the best first: rather more tokens at a time than come, and unused, than fewer."""
+    processors, most_shared = limits
+    large = layout.rows * layout.in_features >= LARGE
+    for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
+        for groups, blocks in TILES[tile][large]:
+            launch = stream(layout, tokens, tile, processors, groups, blocks)
+            if blocks * (launch.shared + 1024) <= most_shared + 1024:
+                yield launch
 
 
 def linear(launch: Launch, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -240,7 +258,8 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
         with torch.cuda.device(device):
             return _run(launch, call, device)
     function = _function(launch.kernel, device)
-    config = _config(launch, torch._C._cuda_getCurrentRawStream(device))  # current_stream makes an object of it
+    stream = torch._C._cuda_getCurrentRawStream(device)  # current_stream makes an object of it
+    config = _config(launch, device, stream)
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     result = _driver().cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     if result[0] == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not called CUDA before
@@ -251,15 +270,14 @@ def _run(launch: Launch, call: _Call, device: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(launch: Launch, stream: int) -> Any:
-    """How a kernel is launched. `arrange` and `stream` begin before the kernel before has ended, and wait for it
-    themselves. For the others that does not pay: blocks that begin early crowd the processors that were free first."""
+def _config(launch: Launch, device: int, stream: int) -> Any:
+    """How a kernel is launched: from Hopper on before the one before it has ended, for which it waits itself."""
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *launch.grid, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
     config.sharedMemBytes, config.hStream = launch.shared, stream
-    if launch.tile:
+    if torch.cuda.get_device_capability(device) >= HOPPER:
         attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         value.programmaticStreamSerializationAllowed = 1

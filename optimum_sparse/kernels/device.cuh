@@ -168,6 +168,22 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// ---- from one kernel to the next
+
+// From Hopper on, a kernel may begin before the one that it is launched after has ended, if that allows it; then it waits
+// for its results. What it only prefetches it may ask for before that.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ---- Hopper: barriers in shared memory, copies that arrive at them, warpgroups
 
 // A barrier turns when `arrivals` have come, and the bytes that were announced.
@@ -192,8 +208,6 @@ __device__ __forceinline__ void copy_many(u32 to, const void* from, int bytes, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
-// Ordinary stores to shared memory, before tensor cores read them.
-__device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The threads of a warpgroup, the `number`th of the block, wait for one another.
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory"); }
@@ -209,16 +223,9 @@ __device__ __forceinline__ void wait_flag(const int* flag) {
 }
 __device__ __forceinline__ float4 load_shared_by_all(const float4* p) { return __ldcg(p); }  // past L1
 
-// A kernel may begin before the one that it is launched after has ended, if that allows it; then it waits for its results.
-__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LATER>  // for all but the last LATER commits
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
-}
+__device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 template <int N>  // the compiler reads `c` no earlier than here
 __device__ __forceinline__ void keep(float (&c)[N]) {
 #pragma unroll
@@ -231,10 +238,11 @@ __device__ __forceinline__ void keep(float (&c)[N]) {
 #define D32(i) D16(i), D16(i + 16)
 #define D64(i) D32(i), D32(i + 32)
 #define D128(i) D64(i), D64(i + 64)
-#define WGMMA(N, TYPE, NUMBERS, D, A, B)                                                                    \
+#define WGMMA(N, TYPE, NUMBERS, D, A0, A1, A2, A3, B)                                                       \
   asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0;\n"                                                     \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NUMBERS "}, %" A ", %" B \
-               ", p, 1, 1, 0, 0; }" : D : "l"(a), "l"(b))
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NUMBERS "}, {%" A0 ",%" A1 \
+               ",%" A2 ",%" A3 "}, %" B ", p, 1, 1, 0; }"                                                    \
+               : D : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19," \
@@ -257,18 +265,18 @@ __device__ __forceinline__ u64 described(u32 at, int across, int down) {
   return (u64)(across / 16) << 16 | (u64)(down / 16) << 32 | (at & 0x3ffff) / 16;
 }
 __device__ __forceinline__ u64 further(u64 matrix, int bytes) { return matrix + bytes / 16; }
-// c [64, TOKENS] += a [row][column] [64, 16] b [token][column] [TOKENS, 16], a warpgroup together: PTX ISA,
-// wgmma.mma_async. A lane's c: as of `mma`, for each 8 tokens; warps have 16 rows each.
+// c [64, TOKENS] += a [64, 16] b [token][column] [TOKENS, 16], a warpgroup together: PTX ISA, wgmma.mma_async. Warps have 16
+// rows each, of a and of c, as of `mma`.
 template <bool BF16, int TOKENS>
-__device__ __forceinline__ void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64 b) {
-#define PRODUCT(N, COUNT, A, B)                              \
-  if constexpr (TOKENS == N) {                               \
-    if constexpr (BF16) WGMMA(N, "bf16", R##COUNT, D##COUNT(0), A, B); \
-    else WGMMA(N, "f16", R##COUNT, D##COUNT(0), A, B);       \
+__device__ __forceinline__ void multiply_rows(float (&c)[TOKENS / 2], const u32 (&a)[4], u64 b) {
+#define PRODUCT(N, COUNT, A0, A1, A2, A3, B)                                           \
+  if constexpr (TOKENS == N) {                                                         \
+    if constexpr (BF16) WGMMA(N, "bf16", R##COUNT, D##COUNT(0), A0, A1, A2, A3, B);    \
+    else WGMMA(N, "f16", R##COUNT, D##COUNT(0), A0, A1, A2, A3, B);                    \
   }
-  PRODUCT(16, 8, "8", "9")
-  PRODUCT(32, 16, "16", "17")
-  PRODUCT(64, 32, "32", "33")
-  PRODUCT(128, 64, "64", "65")
-  PRODUCT(256, 128, "128", "129")
+  PRODUCT(16, 8, "8", "9", "10", "11", "12")
+  PRODUCT(32, 16, "16", "17", "18", "19", "20")
+  PRODUCT(64, 32, "32", "33", "34", "35", "36")
+  PRODUCT(128, 64, "64", "65", "66", "67", "68")
+  PRODUCT(256, 128, "128", "129", "130", "131", "132")
 }

@@ -14,6 +14,7 @@ dense load that maps the file may have read nothing yet.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,15 +123,18 @@ def prune(dense: Path, sparse: Path, text: Path, method: str, args: argparse.Nam
     command = [sys.executable, "-m", "optimum_sparse", "prune", dense, "--output", sparse, "--recipe", "paper"]
     command += ["--method", method, "--pattern", args.pattern, "--dataset", text, "--device-map", args.device_map]
     command += ["--num-samples", str(args.samples), "--sequence-length", str(args.tokens)]
-    log = sparse.with_suffix(".log")
+    log, peak = sparse.with_suffix(".log"), 0
     started = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
+        while process.poll() is None:  # the peak in the status that wait4 gives has this process's in it
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = int(found[1]) * 1024 if found else peak
+            time.sleep(0.02)
+    if process.returncode:
         raise SystemExit(log.read_text())
     log.unlink()
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, peak
 
 
 def save_and_load(dense: Path, sparse: Path, target: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every launch of the CUDA kernels that fits a shape and a number of tokens, timed: what `plan` chooses from.
+"""Launches of the CUDA kernels that fit a shape and a number of tokens, timed: what `plan` chooses from.
 
     python tests/benchmarks/launches.py --pattern 16:32 --shapes 4096x4096 11008x4096 --tokens 1 4 8 16
 
@@ -8,7 +8,7 @@ rotated past the cache, results against float64. `*` is what `plan` chooses.
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -45,7 +45,7 @@ def main() -> None:
             exact = x.double() @ weight.double().T
             base = time(lambda w, x=x: F.linear(x, w), dense)
             chosen, found = cuda.plan(first.layout, tokens, 0), {}
-            for launch in {*candidates(first.layout, tokens), chosen} - {None}:
+            for launch in dict.fromkeys([*candidates(first.layout, tokens), *([chosen] if chosen else [])]):
                 y = cuda.linear(launch, x, first, None)
                 assert ((y.double() - exact).norm() / exact.norm()).item() < 4e-3, launch
                 found[launch] = time(lambda m, x=x, launch=launch: cuda.linear(launch, x, m, None), packed)
@@ -76,20 +76,17 @@ def clone(matrix: cuda.Matrix) -> cuda.Matrix:
     return cuda.Matrix(*(None if part is None else part.clone() for part in matrix[:4]), matrix.layout)
 
 
-def candidates(layout: cuda.Layout, tokens: int) -> Iterator[cuda.Launch]:
-    processors, most_shared = cuda._limits(0)
-    launches = []
+def candidates(layout: cuda.Layout, tokens: int) -> list[cuda.Launch]:
+    (processors, most_shared), launches = cuda._limits(0), []
     if tokens <= 4:
-        shapes = ((8, 4), (8, 6), (16, 1), (16, 2), (16, 3))
-        launches += [cuda.gather(layout, tokens, processors, warps, blocks) for warps, blocks in shapes]
+        launches += [cuda.gather(layout, tokens, (processors, most_shared), blocks) for blocks in (1, 2)]
     if tokens <= 64:
         launches += [cuda.multiply(layout, tokens, processors, warps) for warps in (8, 12, 16)]
         launches += [cuda.multiply(layout, tokens, 2 * processors, 8)]
     if torch.cuda.get_device_capability() == cuda.HOPPER:
-        for groups, tile in ((1, 16), (1, 32), (1, 64), (2, 64), (1, 128), (2, 128), (2, 256)):
-            if tile < 2 * tokens or tile == 16 or tile == 256:
-                launches.append(cuda.stream(layout, tokens, tile, processors, groups))
-    return (launch for launch in launches if launch.shared <= most_shared)
+        streams = cuda.streams(layout, tokens, (processors, most_shared))
+        launches += [launch for launch in streams if launch.tile == 16 or launch.tile < 2 * tokens]
+    return [launch for launch in launches if launch.shared <= most_shared]
 
 
 def time(call: Callable, over: list) -> float:

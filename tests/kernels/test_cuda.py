@@ -133,7 +133,7 @@ def test_a_layer_from_the_op_to_the_kernel(
 
 
 @pytest.mark.parametrize("processors", [1, 3])
-@pytest.mark.parametrize("tile", [16, 64, 128, 256])
+@pytest.mark.parametrize(("tile", "groups"), [(16, 2), (16, 4), (64, 1), (64, 4), (128, 2), (256, 2)])
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
     [
@@ -145,12 +145,12 @@ def test_a_layer_from_the_op_to_the_kernel(
     ],
     ids=str,
 )
-def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, processors: int):
+def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, processors: int):
     for shape in ((70, 96), (137, 1248)) if tile == 16 else ((70, 1248),):
         weight = sparse(shape, pattern, dtype)
         matrix = compress(weight, pattern)
         for tokens in (1, tile + 3) if tile == 16 else (tile - 5,):
-            launch = cuda.stream(matrix.layout, tokens, tile, processors)
+            launch = cuda.stream(matrix.layout, tokens, tile, processors, groups)
             check(weight, matrix, tokens, random_weight(1, shape[0])[0].to(dtype), launch)
 
 
@@ -159,18 +159,17 @@ def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytes
     monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
     weight = sparse((70, 96), pattern, torch.bfloat16)
     matrix = compress(weight, pattern)
-    last = 16 if matrix.layout.pairs else 4  # number of tokens that is not
-    for tokens in (last, last + 1, 20, 33, 100):
+    for tokens in (8, 9, 20, 33, 100):
         launch = cuda.plan(matrix.layout, tokens, 0)
         assert launch is not None
-        assert (launch.tile >= tokens) == (tokens > last) == launch.kernel.startswith("stream<")
+        assert (launch.tile >= tokens) == (tokens > 8) == launch.kernel.startswith("stream<")
         check(weight, matrix, tokens, None)
     large = matrix.layout._replace(rows=2**14, in_features=2**12)
-    numbers = (2, last, last + 1, 128, 129, 512, 513)
+    numbers = (2, 8, 9, 128, 129, 512, 513)
     names = [getattr(cuda.plan(large, tokens, 0), "kernel", "").split("<")[0] for tokens in numbers]
     more = "" if matrix.layout.overflow else "stream"
     few = "multiply" if matrix.layout.pairs else "gather"
-    assert names == [few, few, "stream", "stream", more, more, ""]
+    assert names == [few, "multiply", "stream", "stream", more, more, ""]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -243,6 +242,19 @@ def test_the_call_is_laid_out_as_in_c():
     assert ctypes.sizeof(cuda._Call) == 96
     offsets = [getattr(cuda._Call, name).offset for name, _ in cuda._Call._fields_]
     assert offsets == [0, 8, 16, 24, 32, 36, 40, 48, 56, 64, 68, 72, 76, 80, 88]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("rows", [1, 37, 1024, 4096, 11008, 14336, 28672])
+def test_gather_is_shared_out_evenly(rows: int, blocks: int):
+    """No more blocks fit on a processor than it is meant to have, and no round is more than an eighth idle."""
+    layout = cuda.Layout(torch.bfloat16, rows, 4096, 16, True, False)
+    launch = cuda.gather(layout, 1, (132, 227 * 1024), blocks)
+    assert blocks * (launch.shared + 1024) <= 228 * 1024 < (blocks + 1) * (launch.shared + 1024)
+    warps, most = launch.grid[0] * (launch.threads // 32), 16 * blocks * 132
+    assert warps <= most
+    assert -(-rows // warps) == -(-rows // most)
+    assert rows < most / 2 or rows / (-(-rows // warps) * warps) > 7 / 8
 
 
 @pytest.mark.parametrize("hopper", [True, False])

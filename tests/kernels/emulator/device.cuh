@@ -80,7 +80,7 @@ struct Warp {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier all, groups[2];
+  Barrier all, groups[4];
   std::map<u32, Arrivals> arrivals;
   std::vector<char> shared;
 };
@@ -333,7 +333,6 @@ inline void copy_many(u32 to, const void* from, int bytes, u32 barrier) {
   arrivals_at(barrier).copies.push_back({to, from, (u32)bytes});
   arrive(barrier);
 }
-inline void publish_stores() {}
 // Blocks run one after the other: none waits for one that comes later.
 inline void meet(int number) {
   Barrier& group = block->groups[number];
@@ -350,29 +349,33 @@ inline void wait_flag(const int* flag) {
 inline float4 load_shared_by_all(const float4* p) { return load_once(p); }
 inline void let_next_kernel_begin() {}
 inline void wait_for_kernel_before() {}
+inline void prefetch(const void*) {}
 inline void begin_products() {}
 inline void commit_products() { self().products.emplace_back(); }
-template <int LATER>
 inline void wait_products() {
-  for (auto& products = self().products; products.size() > LATER + 1; products.pop_front())
+  for (auto& products = self().products; products.size() > 1; products.pop_front())
     for (auto& product : products.front()) product();
 }
 template <class T, int N>
 inline void keep(T (&)[N]) {}
 inline u64 described(u32 at, int across, int down) { return (u64)(across / 16) << 16 | (u64)(down / 16) << 32 | at / 16; }
 inline u64 further(u64 matrix, int bytes) { return matrix + bytes / 16; }
-// PTX ISA, wgmma: the accumulator of a lane, and matrices in shared memory without swizzling, both K-major.
+// PTX ISA, wgmma: a and the accumulator of a lane, and b in shared memory without swizzling, K-major.
 template <bool BF16, int TOKENS>
-inline void multiply_tile(float (&c)[TOKENS / 2], u64 a, u64 b) {
+inline void multiply_rows(float (&c)[TOKENS / 2], const u32 (&a)[4], u64 b) {
+  auto lanes = exchange(a[0], a[1], a[2], a[3]);
+  const int lane = threadIdx.x % LANES, r = lane / 4, q = lane % 4 * 2;
+  std::vector<double> rows(32);
+  for (int half = 0; half < 2; half++)
+    for (int k = 0; k < 16; k++)
+      rows[16 * half + k] = to_float<BF16>(lanes[4 * r + k % 8 / 2][half + k / 8 * 2] >> 16 * (k % 2) & 0xffff);
   float* sum = c;
   self().products.back().push_back([=] {
-    const int lane = threadIdx.x % LANES, r = threadIdx.x / LANES % 4 * 16 + lane / 4, q = lane % 4 * 2;
     auto element = [](u64 matrix, int row, int k) {
       const u32 at = (matrix & 0x3fff) * 16, across = (matrix >> 16 & 0x3fff) * 16, down = (matrix >> 32 & 0x3fff) * 16;
       return (double)to_float<BF16>(*(u16*)checked(at + row / 8 * down + row % 8 * 16 + k / 8 * across + k % 8 * 2, 2));
     };
     for (int i = 0; i < TOKENS / 2; i++)
-      for (int k = 0; k < 16; k++)
-        sum[i] += element(a, r + i % 4 / 2 * 8, k) * element(b, i / 4 * 8 + q + i % 2, k);
+      for (int k = 0; k < 16; k++) sum[i] += rows[16 * (i % 4 / 2) + k] * element(b, i / 4 * 8 + q + i % 2, k);
   });
 }

@@ -11,8 +11,10 @@
   ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,1>)            \
   ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,2>) ENTRY(expand<SLOTS,OVERFLOW>)
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32>)      \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>)                                                    \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,16>)      \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,32>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,32>)      \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64>)      \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64>)                                                    \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
 #define PER_TYPE(BF16)                                                                         \
   PER_SLOTS(BF16, 16, false, true) PER_SLOTS(BF16, 16, false, false)                           \
