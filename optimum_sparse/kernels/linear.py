@@ -25,7 +25,7 @@ from ..formats import bitmask, slots
 from . import cpu, cuda, cusparselt
 
 
-PAIRS_TOKENS = 64  # 2:4 on CUDA: beyond, sparse tensor cores
+PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
 CPU_TOKENS = 8  # up to here reading less memory wins, beyond it dense products do
 SLAB = 2**20  # weights that are expanded at a time on the CPU: they stay in its cache
 
@@ -51,7 +51,7 @@ def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tu
         layout = cuda.Layout(dtype, out_features, in_features, even or 16, pairs, not even)
         chosen = _choose(layout, tokens, _index(device), pairs and cusparselt.usable(_index(device), dtype, *shape))
         if chosen == "cusparselt":
-            return Choice(chosen, f"2:4 and more than {PAIRS_TOKENS} tokens: sparse tensor cores")
+            return Choice(chosen, "2:4 and many tokens: sparse tensor cores")
         if chosen == "expand":
             return Choice(chosen, "the weight is expanded, then cuBLAS: nothing that reads it compressed is faster")
         return Choice(chosen.kernel.split("<")[0], "reads the compressed weight alone")
@@ -64,9 +64,8 @@ def _choose(
     layout: cuda.Layout, tokens: int, device: int, semi_structured: bool
 ) -> cuda.Launch | Literal["cusparselt", "expand"]:
     """What multiplies on a GPU by a weight, which cuSPARSELt can read or not."""
-    if semi_structured and tokens > PAIRS_TOKENS:
-        return "cusparselt"
-    return cuda.plan(layout, tokens, device) or "expand"
+    launch = None if semi_structured and tokens > PAIRS_TOKENS else cuda.plan(layout, tokens, device)
+    return launch or ("cusparselt" if semi_structured and tokens else "expand")
 
 
 def _select_cpu(dtype: torch.dtype, tokens: int) -> Choice:

@@ -172,6 +172,17 @@ def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytes
     assert names == [few, "multiply", "stream", "stream", more, more, ""]
 
 
+@pytest.mark.parametrize("hopper", [True, False])
+def test_cusparselt_takes_many_tokens_and_those_that_no_kernel_takes(hopper: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "_is_hopper", lambda device: hopper)
+    layout = cuda.Layout(torch.bfloat16, 4096, 4096, 16, True, False)
+    for tokens in (0, 1, 64, 65, 128, 129, 4096):
+        chosen = linear_module._choose(layout, tokens, 0, True)
+        assert (chosen == "cusparselt") == (tokens > (128 if hopper else 64))
+        assert (chosen == "expand") == (tokens == 0)
+        assert linear_module._choose(layout, tokens, 0, False) != "cusparselt"
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_expand_is_exact(pattern: Pattern, dtype: torch.dtype):
