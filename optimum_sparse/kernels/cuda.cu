@@ -80,7 +80,7 @@ __device__ void spread_x(const Call& call, u32* staged) {
     for (int token = 0; token < TOKENS; token++) {
       const bool there = token < call.tokens;
       const uint4* from = (const uint4*)(call.x + (i64)token * columns) + 4 * word + quarter;
-      const uint4 eight = there ? __ldg(from) : make_uint4(0, 0, 0, 0);
+      const uint4 eight = there ? load(from) : make_uint4(0, 0, 0, 0);
       tokens[token][0] = eight.x, tokens[token][1] = eight.y, tokens[token][2] = eight.z, tokens[token][3] = eight.w;
     }
     u32* to = staged + EACH * place(word, 8 * quarter);
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(
   int extra, extra_end, next_extra = 0, next_end = 0;  // where that is, and that of the step after
   auto seek = [&](int row, int step) {
     if (!OVERFLOW || row >= w.rows) return;
-    next_extra = __ldg(start_of(w, row, STEP / 4 * step));
-    next_end = __ldg(start_of(w, row, min(STEP / 4 * (step + 1), (w.columns + SPAN - 1) / SPAN)));
+    next_extra = load(start_of(w, row, STEP / 4 * step));
+    next_end = load(start_of(w, row, min(STEP / 4 * (step + 1), (w.columns + SPAN - 1) / SPAN)));
   };
   auto fetch_words = [&] {
     const int at = step * STEP + lane;
@@ -269,7 +269,7 @@ struct Words {
   static __device__ __forceinline__ int2 seek(const Matrix& w, int group, int span, bool there) {
     if (!OVERFLOW || !there) return make_int2(0, 0);
     const int* start = start_of(w, ROWS * group + threadIdx.x % LANES / 4, span);
-    return make_int2(__ldg(start), __ldg(start + ROWS));
+    return make_int2(load(start), load(start + ROWS));
   }
   static __device__ __forceinline__ void prefetch_tile(const Matrix& w, int group, int span, int groups) {
     const int lane = threadIdx.x % LANES, words = w.columns / 32, row = ROWS * group + lane / 4;
@@ -379,7 +379,7 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
       for (int i = 0; i < ENTRIES; i++)
         if (lane % 4 + 4 * i < words[k].count) put(words[k].entries[i]);
       if (words[k].count <= 4 * ENTRIES) continue;
-      const int begin = __ldg(start_of(w, ROWS * groups[k] + lane / 4, span));
+      const int begin = load(start_of(w, ROWS * groups[k] + lane / 4, span));
 #pragma unroll 1
       for (int i = 4 * ENTRIES + lane % 4; i < words[k].count; i += 4) put(load_once(w.overflow + begin + i));
     }
@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const bool there = token < call.tokens && column < w.columns;
-          const uint4 four = there ? __ldg(from + j) : make_uint4(0, 0, 0, 0);
+          const uint4 four = there ? load(from + j) : make_uint4(0, 0, 0, 0);
           x[k][4 * j] = four.x, x[k][4 * j + 1] = four.y, x[k][4 * j + 2] = four.z, x[k][4 * j + 3] = four.w;
         }
       }
@@ -552,7 +552,7 @@ __global__ void arrange(const Call call) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
     x[i] = token < call.tokens && column < call.w.columns
-               ? __ldg((const uint4*)(call.x + (i64)token * call.w.columns + column) + i)
+               ? load((const uint4*)(call.x + (i64)token * call.w.columns + column) + i)
                : make_uint4(0, 0, 0, 0);
   constexpr int GROUPS = TOKENS / 8;
   u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (TILE / 4) + lane;

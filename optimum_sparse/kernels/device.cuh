@@ -76,21 +76,27 @@ __device__ __forceinline__ u16 rounded(float x) {
 
 // ---- global memory
 
+// None of these is a load of constants (`.nc`, __ldg): that promises memory which nothing writes while the kernel runs, and
+// ptxas then loads from it before the wait for the kernel before.
+template <class T>
+__device__ __forceinline__ T load(const T* p) {
+  return *p;
+}
 // Weights are read once: they need no room in L1.
 __device__ __forceinline__ u32 load_once(const u32* p) {
   u32 x;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
 __device__ __forceinline__ uint2 load_once(const uint2* p) {
   uint2 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
   return x;
 }
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
   return x;
 }
 

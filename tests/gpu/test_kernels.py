@@ -192,6 +192,40 @@ def test_the_first_call_of_a_kernel_is_not_captured():
     check(layer(x), x, weight, None)
 
 
+LATE = """
+extern "C" __global__ void late(unsigned short* to, const unsigned short* from, int count) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  for (int i = 0; i < 200; i++) __nanosleep(1000);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+"""
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_what_the_kernel_before_writes_is_waited_for(pattern: Pattern):
+    """A kernel that lets ours begin long before it writes x, or the weight."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("kernels begin early from Hopper on")
+    late = torch.cuda._compile_kernel(LATE, "late")
+
+    def write(to: torch.Tensor, values: torch.Tensor) -> None:
+        late(grid=(1, 1, 1), block=(1024, 1, 1), args=(to, values, to.numel()))
+
+    weight = sparse((1000, 4128), pattern, torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    values = layer.weight.data.clone()
+    for tokens in (1, 2, 4, 8, 20, 100):
+        x = torch.randn(tokens, 4128, device="cuda").bfloat16()
+        check(layer(x), x, weight, None)  # compiled
+        late_x = torch.zeros_like(x)
+        write(late_x, x)
+        check(layer(late_x), x, weight, None)
+        layer.weight.data.zero_()
+        torch.cuda.synchronize()
+        write(layer.weight.data, values)
+        check(layer(x), x, weight, None)
+
+
 def test_without_the_cuda_bindings_the_reference_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

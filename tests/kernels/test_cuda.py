@@ -255,6 +255,15 @@ def test_the_call_is_laid_out_as_in_c():
     assert offsets == [0, 8, 16, 24, 32, 36, 40, 48, 56, 64, 68, 72, 76, 80, 88]
 
 
+def test_no_load_is_one_of_constants():
+    """Which ptxas would move before the wait for the kernel that writes them: the emulator cannot see it."""
+    for file in ("cuda.cu", "device.cuh"):
+        source = (KERNELS / file).read_text()
+        assert "global.nc" not in source
+        assert "__ldg(" not in source
+        assert "__restrict__" not in source
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("rows", [1, 37, 1024, 4096, 11008, 14336, 28672])
 def test_gather_is_shared_out_evenly(rows: int, blocks: int):

@@ -217,7 +217,7 @@ inline T load_once(const T* p) {
   return *p;
 }
 template <class T>
-inline T __ldg(const T* p) {
+inline T load(const T* p) {
   return load_once(p);
 }
 inline u32 address(const void* p) { return (const char*)p - shared_memory() + FIRST; }
