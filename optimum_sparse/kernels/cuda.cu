@@ -8,8 +8,8 @@
 //   gather    few tokens. A lane holds a word and its values, and reads x at the columns it meets.
 //   multiply  more tokens. The values are written to their columns in a tile of shared memory that is then dense, and
 //             tensor cores multiply.
-//   stream    more tokens yet, on Hopper: some warps fill tiles, others multiply them, and all steps of the whole
-//             product are shared out evenly.
+//   stream    more tokens yet, on Hopper: as `multiply`, by warpgroups, for all of which x is in shared memory; all steps
+//             of the whole product are shared out evenly.
 //   expand    writes the dense W.
 //
 // The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list: OVERFLOW.
@@ -532,9 +532,9 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
 
 // ---- stream: Hopper
 
-// Warpgroups of 64 rows multiply what other warps expand meanwhile. wgmma takes both operands from shared memory, in
-// blocks of 8 rows (of W; or tokens) and 8 columns. A dense tile as `spread` writes it is 16 of them: word p of its 128
-// columns has columns 2 t and 2 t + 1 in block t, at 2 p and 2 p + 1; `arrange` brings x into the same order.
+// wgmma takes 64 rows of W from a warpgroup's registers, and x from shared memory in blocks of 8 tokens and 8 columns. As in a
+// dense tile that `spread` writes, word p of 128 columns has its columns 2 t and 2 t + 1 in block t, at 2 p and 2 p + 1:
+// `arrange` brings x into that order.
 
 // x [tokens, columns] -> [tile of TOKENS][span][8 tokens][block], zeros beyond both ends. A warp takes 8 tokens of a span.
 template <int TOKENS>
