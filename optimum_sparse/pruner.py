@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from . import ranks
 from .config import SparsityConfig
-from .hf.checkpoint import check_size, load_config, load_model, new_directory, read_report
+from .hf.checkpoint import check_size, load_config, load_model, new_directory, read_report, writing
 from .hf.hub import push, push_model
 from .hf.integration import HUB_ARGUMENTS
 from .hf.prune import prune_model
@@ -124,7 +124,8 @@ class Pruner:
             return Path(output)
         with new_directory(output) as directory:
             self.prune(config)
-            self.model.save_pretrained(directory, max_shard_size=max_shard_size)
+            with writing(directory):
+                self.model.save_pretrained(directory, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
         return Path(output)

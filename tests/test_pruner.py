@@ -238,12 +238,16 @@ def test_the_batch_size_only_changes_rounding(method, tiny_llama):
         assert error == pytest.approx(errors[0], rel=1e-2)
 
 
-def fitting(model, limit: int, start: int = 0):
+ON_GPU = torch.OutOfMemoryError("CUDA out of memory.")
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ...")
+
+
+def fitting(model, limit: int, start: int = 0, error: Exception = ON_GPU):
     """Blocks from `start` on run out of memory with more than `limit` sequences."""
 
     def checked(forward, x, *args, **kwargs):
         if len(x) > limit and x.shape[1] > 4:  # a few tokens show what the block returns
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error.with_traceback(None)
         return forward(x, *args, **kwargs)
 
     for block in model.model.layers[start:]:
@@ -252,17 +256,17 @@ def fitting(model, limit: int, start: int = 0):
 
 
 @pytest.mark.parametrize(
-    ("changes", "start", "padded"),
+    ("changes", "start", "padded", "error"),
     [
-        (PAPER, 0, True),
-        ({}, 0, False),
-        ({}, 1, True),
-        ({"refine": "reconstruct"}, 1, False),
-        ({"method": "wanda"}, 0, True),
+        (PAPER, 0, True, ON_GPU),
+        ({}, 0, False, ON_GPU),
+        ({}, 1, True, ON_CPU),
+        ({"refine": "reconstruct"}, 1, False, ON_GPU),
+        ({"method": "wanda"}, 0, True, MemoryError()),
     ],
     ids=str,
 )
-def test_out_of_memory_halves_the_batch_and_says_so(changes, start, padded, caplog):
+def test_out_of_memory_halves_the_batch_and_says_so(changes, start, padded, error, caplog):
     ids = torch.randint(3, 200, (7, 24), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[2, 15:] = mask[6, 5:] = 0
@@ -272,7 +276,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(changes, start, padded, capl
             {"input_ids": part} | ({"attention_mask": of_part} if padded else {})
             for part, of_part in zip(ids.split(size), mask.split(size), strict=True)
         ]
-        model = fitting(make_model("llama"), limit, start)
+        model = fitting(make_model("llama"), limit, start, error)
         Pruner(model).prune(
             SparsityConfig(**{"method": "sparsegpt", "damping": 0.1, **changes}),
             dataset=DataLoader(batches, batch_size=None),

@@ -84,7 +84,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        raise OSError(f"{path} could not be written, where {free:,} bytes are free: {error}") from error
 
 
 def sync(path: Path) -> None:
@@ -127,6 +128,10 @@ def new_directory(output: str | os.PathLike) -> Iterator[Path]:
 
 def check_new(output: Path, besides: str = "") -> None:
     """Raise FileExistsError unless `output` can be made: it is nothing, or a folder with nothing but `besides`."""
+    if output.is_symlink() and not output.exists():
+        raise FileExistsError(
+            f"output {str(output)!r} is a link to nothing: make what it points to, or choose another."
+        )
     if output.exists() and (not output.is_dir() or any(path.name != besides for path in output.iterdir())):
         raise FileExistsError(
             f"output {str(output)!r} exists and is not an empty folder: choose another, or remove it."

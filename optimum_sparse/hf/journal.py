@@ -189,7 +189,10 @@ class Journal:
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         shutil.rmtree(self.scratch, ignore_errors=True)
-        return f"{self.start} blocks are done: run the same again to go on, or remove {self.folder}."
+        return (
+            f"{self.start} blocks are done: run the same again to go on; to run it with any change, first remove "
+            f"{self.folder}."
+        )
 
     def publish(self) -> None:
         """Make the output of `checkpoint`. Can be called again after a crash."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .. import ranks
 from ..kernels.precision import fast_forward
-from ..pipeline import SMALLER, Block, Sensitivity
+from ..pipeline import SMALLER, Block, Sensitivity, is_out_of_memory, not_finite
 from .blocks import replaced_forwards
 from .placement import execution_device
 
@@ -83,10 +83,7 @@ def fisher(
         mask = part["attention_mask"].bool() if "attention_mask" in part else None
         real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
         if not torch.isfinite(logits).all():
-            raise ValueError(
-                f"the logits hold NaN or infinity: a weight of the checkpoint does, or the model does not run in its "
-                f"dtype ({model.dtype}) on this data. Load it in bfloat16 or float32."
-            )
+            raise ValueError(not_finite(_first_not_finite(model, blocks, part), model.dtype))
         _backward(logits, real, seeds)
 
     with contextlib.ExitStack() as stack:
@@ -109,7 +106,9 @@ def fisher(
                 done, rows_done = {name: len(parts[current]) for name, parts in tokens.items()}, dict(rows)
                 try:
                     differentiate(part, range(seed + sequence, seed + sequence + count))
-                except torch.OutOfMemoryError as error:
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
                     failed = error.with_traceback(None)  # its frames hold the tensors that are too many
                 else:
                     first, sequence = first + count, sequence + count
@@ -146,6 +145,23 @@ def fisher(
         {name: [torch.cat(parts) if parts else nothing for parts in tokens[name]] for name in names},
         {name: value / total for name, value in rows.items()},
     )
+
+
+@torch.no_grad()
+def _first_not_finite(model: PreTrainedModel, blocks: list[Block], part: dict[str, Tensor]) -> str:
+    """What holds NaN or infinity first as the model runs, in words."""
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        for kind, x in (("inputs", args[0] if args else None), ("outputs", output)):
+            if isinstance(x, Tensor) and not torch.isfinite(x).all():
+                found.append(f"the {kind} of {name}")
+
+    with contextlib.ExitStack() as stack:
+        for linear in (linear for block in blocks for linear in block.linears):
+            stack.callback(linear.module.register_forward_hook(partial(watch, linear.name)).remove)
+        model(**part, use_cache=False)
+    return found[0] if found else "the logits"
 
 
 def _backward(logits: Tensor, real: Tensor | None, seeds: range) -> None:

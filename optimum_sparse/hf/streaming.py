@@ -7,13 +7,14 @@ block goes. `Journal` keeps what a later run needs to go on.
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,13 @@ def stream(
     settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
     manifest = {
         "recipe": config.to_dict(),
-        "model": {"config": json.loads(model_config.to_json_string(use_diff=False)), "files": _files(source, hub)},
+        "model": {
+            "config": json.loads(model_config.to_json_string(use_diff=False)),
+            "commit": getattr(model_config, "_commit_hash", None),  # on the hub; it is in no JSON
+            "files": _files(source, hub),
+        },
+        "tokenizer": _digest_of_tokenizer(tokenizer),
+        "data": _data_file(config.dataset),
         "settings": settings | {"device": device, "max_shard_size": max_shard_size},
         "versions": {
             "optimum_sparse": __version__,
@@ -98,16 +105,47 @@ def stream(
 
 
 def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | None:
-    """Size and age of the weights in a folder. On the hub, the commit in the model's config says which they are."""
+    """What the weights in a folder are. On the hub, the commit says it."""
     folder = Path(source, hub.get("subfolder") or "")
     if not folder.is_dir():
         return None
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     read_headers(path for path in found if path.suffix == ".safetensors")  # damaged ones show before any work
-    return {
-        path.name: f"{path.stat().st_size} bytes of {datetime.fromtimestamp(path.stat().st_mtime).isoformat()}"
-        for path in found
-    }
+    return {path.name: _described(path) for path in found}
+
+
+def _data_file(dataset: Any) -> str | None:
+    """What the calibration data is, if it is a file."""
+    is_file = isinstance(dataset, str | os.PathLike) and Path(dataset).is_file()
+    return _described(Path(dataset)) if is_file else None
+
+
+def _described(path: Path, pieces: int = 64, piece: int = 4096) -> str:
+    """A file's size, age and a digest of some of it: times can be set, and checkpoints of a model have equal sizes."""
+    status = path.stat()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(pieces):
+            file.seek(number * max(piece, (status.st_size - piece) // (pieces - 1)))
+            digest.update(file.read(piece))
+    changed = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
+    return f"{status.st_size} bytes of {changed}, {digest.hexdigest()[:16]}"
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str | None:
+    """Of all that decides which ids a text becomes, as far as the tokenizer shows it."""
+    if tokenizer is None:
+        return None
+    content: Any = type(tokenizer).__name__
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content = {
+            key: value for key, value in content.items() if key not in ("padding", "truncation")
+        }  # calls set these
+    elif hasattr(tokenizer, "get_vocab"):
+        content = [content, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _load(

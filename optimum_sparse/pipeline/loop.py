@@ -25,7 +25,7 @@ from ..kernels.precision import fast_forward, full_fp32
 from ..methods import Method
 from ..report import LayerReport
 from .observe import Evidence, collect, find_layout, token_weights
-from .parts import Block, Calls, Linear, Sensitivity, Tensors, all_finite, dense_weights
+from .parts import Block, Calls, Linear, Sensitivity, Tensors, all_finite, dense_weights, not_finite
 from .reconstruct import Reconstruction, reconstruct
 
 
@@ -238,10 +238,7 @@ def _prune_linear(
             report.skipped = "no calibration token reached it"
             return report, None
         if not all_finite(stats.mean_square):
-            raise ValueError(
-                f"the inputs of {linear.name} hold NaN or infinity: the model does not run in its dtype "
-                f"({linear.weight.dtype}) on this data. Load it in bfloat16 or float32."
-            )
+            raise ValueError(not_finite(f"the inputs of {linear.name}", linear.weight.dtype))
     try:
         target = weight if evidence is None else _target(weight, linear.name, evidence, objective)
         solved = _solve(target, linear, stats, method, objective)

@@ -122,6 +122,21 @@ SMALLER = (
 )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had not as much memory as was asked for."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # PyTorch has no type for it
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def not_finite(what: str, dtype: torch.dtype) -> str:
+    """The message for activations that are not."""
+    advice = " Load it in bfloat16 or float32." if dtype == torch.float16 else ""
+    return (
+        f"{what} hold NaN or infinity: a weight of the checkpoint does, or the model does not run in its dtype "
+        f"({dtype}) on this data.{advice}"
+    )
+
+
 @dataclass
 class Calls:
     """What the blocks are called with, recorded once from the model itself.
@@ -164,11 +179,13 @@ class Calls:
         while True:
             try:
                 return work(self.parts or self)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 failed = error.with_traceback(None)  # its frames hold the tensors that are too many
             self._halve(failed)
 
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
+    def _halve(self, error: RuntimeError | MemoryError) -> None:
         size = max(len(x) for x in (self.parts or self).hidden)
         if size == 1:
             raise torch.OutOfMemoryError(f"a single sequence does not fit into memory: {SMALLER}") from error

@@ -236,11 +236,21 @@ def test_offloaded_parameters_require_gradients_again():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_logits_that_are_not_finite_are_an_error():
+@pytest.mark.parametrize(
+    ("damaged", "named"),
+    [
+        ("model.layers.1.post_attention_layernorm.weight", r"the inputs of model\.layers\.1\.mlp\.(gate|up)_proj"),
+        ("model.layers.0.mlp.up_proj.weight", r"the outputs of model\.layers\.0\.mlp\.up_proj"),
+        ("model.embed_tokens.weight", r"the inputs of model\.layers\.0\.self_attn\.q_proj"),
+        ("lm_head.weight", "the logits"),
+    ],
+)
+def test_what_is_not_finite_first_is_named(damaged: str, named: str):
     model = make_model("llama")
-    model.lm_head.weight.data[5] = float("nan")
-    with pytest.raises(ValueError, match="the logits hold NaN or infinity"):
-        Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
+    model.get_parameter(damaged).data[5] = float("nan")
+    batch = torch.arange(3, 27).repeat(6, 1)  # the embedding's fifth is among them
+    with pytest.raises(ValueError, match=rf"^{named} hold NaN or infinity: .* \(torch\.float32\) on this data\.$"):
+        Pruner.from_pretrained(model).prune(make_config("sparsegpt", dataset=batch, sequence_length=24))
 
 
 @pytest.mark.parametrize("bf16", [False, True])

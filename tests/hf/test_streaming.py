@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import re
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -20,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_sparse import Pruner, SparsityConfig
+from optimum_sparse.hf import checkpoint, streaming
 from optimum_sparse.hf import journal as journal_module
-from optimum_sparse.hf import streaming
 from optimum_sparse.hf.checkpoint import read_report
 from optimum_sparse.hf.journal import Journal, Spilled, Stored, lock
 from optimum_sparse.pipeline import Calls
@@ -317,6 +321,58 @@ def test_another_recipe_or_model_does_not_go_on(change, message, source, tmp_pat
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("tokenizer", r"tokenizer was '\w{16}' and is '\w{16}'"),
+        ("data", r"data was '\d+ bytes of .*' and is '\d+ bytes"),
+        ("weights", r"model\.files\.model\.safetensors was '(\d+ bytes of .*), \w+' and is '\1, \w+'"),
+        ("commit", r"model\.commit was 'one' and is 'two'"),
+    ],
+)
+def test_what_names_sizes_and_times_do_not_show_is_seen(change, message, tiny_llama, text, tmp_path, monkeypatch):
+    source, data, commits = tmp_path / "source", tmp_path / "data.txt", ["one", "two"]
+    shutil.copytree(tiny_llama, source)
+    shutil.copy(text, data)
+
+    def load_config(*args, **kwargs):
+        config = checkpoint.load_config(*args, **kwargs)
+        config._commit_hash = commits[0]
+        return config
+
+    monkeypatch.setattr(streaming, "load_config", load_config)
+    config = make_config("wanda", dataset=str(data), num_samples=4, sequence_length=16)
+    stop_at(1, source, config, tmp_path / "out", monkeypatch)
+    if change == "tokenizer":
+        file = source / "tokenizer.json"
+        content = json.loads(file.read_text())
+        words = content["model"]["vocab"]
+        words["w5"], words["w6"] = words["w6"], words["w5"]
+        file.write_text(json.dumps(content))
+    elif change == "data":
+        data.write_text(data.read_text().replace("w5", "w6"))
+    elif change == "weights":
+        file = source / "model.safetensors"
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        os.utime(file, ns=times)
+    else:
+        commits.pop(0)
+    with pytest.raises(ValueError, match=message):
+        Pruner.from_pretrained(source).prune_to_disk(config, tmp_path / "out")
+
+
+def test_a_time_zone_is_no_difference(source, monkeypatch):
+    found = []
+    for zone in ("UTC", "Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        found.append(streaming._files(source, {}))
+    monkeypatch.undo()
+    time.tzset()
+    assert found[0] == found[1]
+
+
 def test_blocks_that_hand_on_state_begin_again(tmp_path):
     journal = Journal(tmp_path / "out", {})
     calls = Calls([torch.ones(1, 2, 3)], [[]], share_state=True)
@@ -447,6 +503,31 @@ def test_a_full_disk(limit, source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source", "saved", "out"}
 
 
+FULL_IN_MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from models import make_config
+from optimum_sparse import Pruner
+
+pruner = Pruner.from_pretrained(sys.argv[2])
+pruner.model
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try:
+    pruner.prune_to_disk(make_config("magnitude"), sys.argv[3])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_under_a_model_in_memory(source, tmp_path):
+    pytest.importorskip("resource")
+    done = run_python(FULL_IN_MEMORY, str(Path(__file__).parents[1]), str(source), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\.out\..* could not be written, where [\d,]+ bytes are free: ", done.stdout)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "noise"])
 def test_an_unreadable_shard(damage, source, tmp_path):
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "parts", max_shard_size="60KB")
@@ -476,3 +557,10 @@ def test_the_output_is_refused_before_any_work(source, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="not an empty folder"):
         Pruner.from_pretrained(source).prune_to_disk(make_config("sparsegpt"), tmp_path / "out")
     assert files_of(tmp_path / "out") == {"mine.txt": b"mine"}
+
+
+def test_a_link_to_nothing_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "_load", None)
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(FileExistsError, match="is a link to nothing"):
+        Pruner.from_pretrained(source).prune_to_disk(make_config("sparsegpt"), tmp_path / "out")
