@@ -119,12 +119,15 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
     return next(name for name, module in model.named_modules() if module is blocks), blocks
 
 
-def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = True) -> Plan:
+def make_plan(
+    model: PreTrainedModel, config: SparsityConfig, strict: bool = True, part: Callable[[str], bool] | None = None
+) -> Plan:
     """Decide for every matrix in the decoder blocks, before any work is done. Weights are not read (meta is fine).
 
     Args:
         strict: also refuse names in the config that match nothing, and matrices that cannot be pruned yet. Off when
             an existing checkpoint is loaded.
+        part: of names in the model, those that matter: blocks with others are left out.
 
     Raises:
         ValueError: naming the modules, and the option that leaves them dense.
@@ -156,6 +159,8 @@ def make_plan(model: PreTrainedModel, config: SparsityConfig, strict: bool = Tru
 
     for number, module in enumerate(modules):
         block = Block(f"{prefix}.{number}", module, [])
+        if part is not None and not part(f"{block.name}."):
+            continue
         blocks.append(block)
         for local, child in module.named_modules():
             name = f"{block.name}.{local}" if local else block.name

@@ -220,7 +220,9 @@ class SparsityQuantizer(HfQuantizer):
             return given, {}
         config = self.quantization_config
         codec = FORMATS[config.format]
-        plan = make_plan(model, config, strict=False)
+        joins = any(isinstance(conversion, WeightConverter) for conversion in _conversions(model))
+        # Names on disk depend on the whole model; once they are settled, a part's plan will do.
+        plan = make_plan(model, config, strict=False, part=None if joins else self._part)
         linears = plan.linears
         if _would_be_merged(model, plan):
             renamings = [c for c in _conversions(model) if not isinstance(c, WeightConverter)]

@@ -587,3 +587,13 @@ def test_offloaded_models_give_the_same_checkpoint(architecture: str, where: str
             logits(AutoModelForCausalLM.from_pretrained(tmp_path / "got", run_compressed=run_compressed)),
             logits(model),
         )
+
+
+def test_from_disk_to_disk_no_block_is_planned_again_for_every_other(tmp_path, monkeypatch):
+    """Or deep models of many experts would wait for it."""
+    made = []
+    original = Experts.__init__
+    monkeypatch.setattr(Experts, "__init__", lambda self, *args: (made.append(self), original(self, *args))[1])
+    make_model("mixtral", num_hidden_layers=5).save_pretrained(tmp_path / "dense")
+    Pruner.from_pretrained(tmp_path / "dense").prune_to_disk(make_config("magnitude"), tmp_path / "sparse")
+    assert len(made) <= 2 * 5
