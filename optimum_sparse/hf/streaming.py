@@ -28,7 +28,7 @@ from ..config import SparsityConfig
 from ..pipeline import Block
 from ..version import __version__
 from .blocks import find_blocks
-from .checkpoint import load_config, load_model, name_shards, read_headers, sync, write_report, writing
+from .checkpoint import load_config, load_model, name_shards, read_headers, read_json, sync, write_report, writing
 from .hub import write_card
 from .integration import HUB_ARGUMENTS
 from .journal import Journal
@@ -111,6 +111,8 @@ def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | N
         return None
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     read_headers(path for path in found if path.suffix == ".safetensors")  # damaged ones show before any work
+    for index in folder.glob("*.index.json"):
+        read_json(index)
     return {path.name: _described(path) for path in found}
 
 

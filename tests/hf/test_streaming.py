@@ -550,6 +550,14 @@ def test_an_output_that_cannot_be_written(place, source):
     assert files_of(source) == before
 
 
+def test_a_damaged_index_is_named(source, tmp_path):
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "parts", max_shard_size="60KB")
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text("{no")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not JSON"):
+        Pruner.from_pretrained(tmp_path / "parts").prune_to_disk(make_config("sparsegpt"), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "parts"}
+
+
 def test_the_output_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_load", None)
     (tmp_path / "out").mkdir()
