@@ -692,7 +692,9 @@ __global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) st
     }
     commit_copies();
   };
-  seek();  // before all else: W does not wait for what x waits for
+  // Before all else: W does not wait for what x waits for. Who has written W is done: `arrange`, launched between, has waited
+  // for that before it let this kernel begin.
+  seek();
   for (int slot = 0; slot < AHEAD; slot++) ask(slot);
 
   let_next_kernel_begin();
