@@ -142,9 +142,8 @@ def _digest_of_tokenizer(tokenizer: Any) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        content = {
-            key: value for key, value in content.items() if key not in ("padding", "truncation")
-        }  # calls set these
+        for set_by_calls in ("padding", "truncation"):
+            content.pop(set_by_calls, None)
     elif hasattr(tokenizer, "get_vocab"):
         content = [content, sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
