@@ -46,8 +46,8 @@ __device__ __forceinline__ const int* start_of(const Matrix& w, int row, int spa
 }
 
 // A kernel begins when the one before ends on some processors (see `_config` in cuda.py), and waits for its results before
-// it reads anything. Until then memory would be idle: it fetches its first weights to L2. That much a warp: steps of
-// `gather`, pairs of tiles of `multiply`.
+// it reads anything; `stream` says why it need not for W. Until then memory would be idle: `gather` and `multiply` fetch
+// their first weights to L2, so many steps or pairs of tiles a warp.
 constexpr int EARLY = 2;
 
 // ---- gather

@@ -19,16 +19,8 @@ TYPES = {torch.bfloat16: "true", torch.float16: "false"}
 CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
 HOPPER = (9, 0)
 TILE = 2048  # bytes of 8 rows of 128 columns, as in cuda.cu
-# Tokens that `stream` takes at a time: for small matrices and for large ones, how many times 64 rows a block has, and
-# how many blocks a processor, the best first.
-TILES = {
-    16: (((2, 2), (4, 1), (1, 2)), ((2, 2), (4, 1), (1, 2))),
-    32: (((2, 2), (4, 1), (1, 2)), ((2, 2), (4, 1), (1, 2))),
-    64: (((1, 2), (2, 1), (1, 1)), ((4, 1), (2, 1), (1, 1))),
-    128: (((2, 1),), ((2, 1),)),
-    256: (((2, 1),), ((2, 1),)),
-}
-LARGE = 2**26  # weights: what blocks leave to one another matters less
+TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
+RESERVED = 1024  # bytes of shared memory that a processor takes for each block beside the block's own
 
 
 class Launch(NamedTuple):
@@ -103,8 +95,8 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     """What multiplies x [tokens, in] straight from the compressed weight; None where that does not fit or pay."""
     processors, most_shared = _limits(device)
     # As measured on an H200: tests/benchmarks/launches.py.
-    large, hopper = layout.rows * layout.in_features >= 2**25, _is_hopper(device)
-    most = 64 if not hopper else 128 if layout.overflow else 512 if large else 256
+    hopper = _is_hopper(device)
+    most = 64 if not hopper else 128 if layout.overflow else 512 if layout.rows * layout.in_features >= 2**25 else 256
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
     several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
@@ -126,7 +118,7 @@ def gather(layout: Layout, tokens: int, limits: tuple[int, int], blocks: int = 2
     staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
     shared = 34 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1)
     # Too much for one block more on a processor: else the first that is free would take what is meant for the last.
-    shared = max(shared, (most_shared + 1024) // (blocks + 1) - 1008)
+    shared = max(shared, (most_shared + RESERVED) // (blocks + 1) - RESERVED + 16)
     blocks = min(-(-rows // warps), blocks * processors)
     return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
 
@@ -160,11 +152,16 @@ def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int 
 def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[Launch]:
     """Those that fit, the best first: rather more tokens at a time than come, and unused, than fewer."""
     processors, most_shared = limits
-    large = layout.rows * layout.in_features >= LARGE
+    large = layout.rows * layout.in_features >= 2**26  # what blocks leave to one another matters less
     for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
-        for groups, blocks in TILES[tile][large]:
+        sizes = [(2, 1)]  # how many times 64 rows a block has, and how many blocks a processor
+        if tile <= 64:
+            sizes = [(4, 1), (2, 1), (1, 1)] if large else [(1, 2), (2, 1), (1, 1)]
+        if tile <= 32:
+            sizes = [(2, 2), (4, 1), (1, 2)]
+        for groups, blocks in sizes:
             launch = stream(layout, tokens, tile, processors, groups, blocks)
-            if blocks * (launch.shared + 1024) <= most_shared + 1024:
+            if blocks * (launch.shared + RESERVED) <= most_shared + RESERVED:
                 yield launch
 
 
