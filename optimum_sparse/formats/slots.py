@@ -2,11 +2,13 @@
 
 A kernel that knows where each word's values lie need not add up what comes before. N:M patterns whose groups fill
 words evenly lie so on disk: `even_slots`. Others, unstructured above all, are moved by `pack`: the first half of a
-word's slots are its first values, the second half its last ones; what is between goes to a list. A word that has
-fewer values than slots has some of them twice. Slots that are left over have what is in the word's first column (in
-the first half) or in its last: a kernel that writes a word out walks it from both ends, writes there when it finds no
-value any more, and need not ask. One that only adds up multiplies what is left over by zero: an infinite weight may
-make NaN of its row. At 50 %, with 16 slots, that is 1.30 bytes per weight instead of 1.13.
+word's slots are the first values of its first 24 columns, the second half the last values of its last 24 (kernels find
+them by the exponent of a float, which holds 24 bits); what is in neither goes to a list. With 16 slots or more that is
+what is between the first and the last values of all. A value may be in both halves. Slots that are left over have what
+is in the word's first column (in the first half) or in its last: a kernel that writes a word out walks it from both
+ends, writes there when it finds no value any more, and need not ask. One that only adds up multiplies what is left
+over by zero: an infinite weight may make NaN of its row. At 50 %, with 16 slots, that is 1.30 bytes per weight instead
+of 1.13.
 
     name      dtype        shape
     values    the model's  [out, in / 32, slots]: three dimensions, which values on disk never have
@@ -27,6 +29,7 @@ from .bitmask import unpack_bits
 
 
 SLOTS = (4, 8, 12, 16, 20, 24, 28, 32)
+NEAR = 24  # columns of a word that each half of its slots can have values of
 ROWS, SPAN = 8, 128  # of which kernels read the starts at a time
 MOST_COLUMNS, MOST_ENTRIES = 2**16, 2**31 - 1  # what 16 and 31 bits can number
 CHUNK = 2**24  # weights that are moved at a time: what the indices of this take is some hundred MB
@@ -66,11 +69,11 @@ def pack(values: Tensor, mask: Tensor, in_features: int) -> Slots:
     overflow, counts = [], []
     for rows, here, where in _moves(values.reshape(-1), mask, in_features, slots):
         words = packed[rows].view(-1, slots)
-        for column, part in ((0, words[:, : slots // 2]), (31, words[:, slots // 2 :])):
-            at_end = where.column % 32 == column
-            part[where.word[at_end]] = here[at_end, None]
-        for inside, slot in ((where.from_first, where.from_first), (where.from_last, slots - 1 - where.from_last)):
-            fits = inside < slots // 2
+        for column, part in zip((0, 31), words.split(slots // 2, 1), strict=True):
+            there = where.column % 32 == column
+            part[where.word[there]] = here[there, None]
+        for slot in (where.first, where.last):
+            fits = slot >= 0
             words[where.word[fits], slot[fits]] = here[fits]
         bits = here[where.overflow].view(torch.int16).int() & 0xFFFF
         overflow.append(where.column[where.overflow].int() << 16 | bits)
@@ -91,7 +94,7 @@ def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
     values = packed.values.new_empty(count)
     first = 0
     for rows, here, where in _moves(values, mask, in_features, slots):
-        slot = torch.where(where.from_first < slots // 2, where.from_first, slots - 1 - where.from_last).clamp(min=0)
+        slot = torch.maximum(where.first, where.last).clamp(min=0)
         here.copy_(packed.values[rows].view(-1, slots)[where.word, slot])
         extra = packed.overflow[first : first + int(where.overflow.sum())]
         here[where.overflow] = extra.to(torch.int16).view(values.dtype)  # the low half
@@ -100,13 +103,13 @@ def unpack(packed: Slots, mask: Tensor, in_features: int, count: int) -> Tensor:
 
 
 class _Where(NamedTuple):
-    """For the values of some rows: their columns, their words, how many values of the word come before and after, and
-    whether there is no slot for them; and how many such there are in each span of a row."""
+    """For the values of some rows: their columns, their words, their slots in either half (-1: none), and whether they
+    have neither; and how many such there are in each span of a row."""
 
     column: Tensor
     word: Tensor
-    from_first: Tensor
-    from_last: Tensor
+    first: Tensor
+    last: Tensor
     overflow: Tensor
     counts: Tensor
 
@@ -120,23 +123,25 @@ def _moves(values: Tensor, mask: Tensor, in_features: int, slots: int) -> Iterat
         counts = keep.view(-1, 32).sum(1)
         index = keep.view(-1).nonzero()[:, 0]
         word, rank, ends = index // 32, torch.arange(len(index), device=mask.device), counts.cumsum(0)
-        from_first, from_last = rank - (ends - counts)[word], ends[word] - 1 - rank
-        over = (counts - slots).clamp(min=0).view(len(keep), -1)
-        spans = F.pad(over, (0, -over.shape[1] % (SPAN // 32))).view(len(keep), -1, SPAN // 32).sum(2).int()
-        overflow = (from_first >= slots // 2) & (from_last >= slots // 2)
-        yield (
-            rows,
-            values[first : first + len(index)],
-            _Where(index % in_features, word, from_first, from_last, overflow, spans),
-        )
+        before, after = rank - (ends - counts)[word], ends[word] - 1 - rank  # how many values of the word
+        inside, half = index % 32, slots // 2
+        in_first, in_last = (before < half) & (inside < NEAR), (after < half) & (inside >= 32 - NEAR)
+        overflow, spans = ~(in_first | in_last), -(-in_features // SPAN)
+        span = index // in_features * spans + index % in_features // SPAN
+        extra = span[overflow].bincount(minlength=len(keep) * spans).view(-1, spans).int()
+        slot = torch.where(in_first, before, -1), torch.where(in_last, slots - 1 - after, -1)
+        here = values[first : first + len(index)]
+        yield rows, here, _Where(index % in_features, word, *slot, overflow, extra)
         first += len(index)
 
 
 def _best_slots(mask: Tensor, in_features: int) -> int:
     """The number of slots that takes the fewest bytes."""
-    histogram = torch.zeros(33, dtype=torch.int64, device=mask.device)
+    sizes = torch.tensor([2 * slots * mask.shape[0] * (in_features // 32) for slots in SLOTS], device=mask.device)
     for rows in mask.split(max(1, CHUNK // in_features)):
-        histogram += unpack_bits(rows, in_features).view(-1, 32).sum(1).bincount(minlength=33)
-    counts = torch.arange(33, device=mask.device)
-    sizes = [2 * slots * histogram.sum() + 4 * (histogram * (counts - slots).clamp(min=0)).sum() for slots in SLOTS]
-    return SLOTS[int(torch.stack(sizes).argmin())]
+        keep = unpack_bits(rows, in_features).view(-1, 32)
+        most, first, last = keep.sum(1), keep[:, :NEAR].sum(1), keep[:, -NEAR:].sum(1)
+        for i, slots in enumerate(SLOTS):
+            fits = first.clamp(max=slots // 2) + last.clamp(max=slots // 2)
+            sizes[i] += 4 * (most - fits).clamp(min=0).sum()
+    return SLOTS[int(sizes.argmin())]

@@ -50,28 +50,64 @@ __device__ __forceinline__ const int* start_of(const Matrix& w, int row, int spa
 // their first weights to L2, so many steps or pairs of tiles a warp.
 constexpr int EARLY = 2;
 
+// ---- the bits of a word, from the highest down
+
+// FLOAT: of the upper 24 bits, as a float, whose exponent is the highest one's number: subtracting that power of two takes the
+// bit off. What finds a bit of an integer waits in one queue with shared memory, and is slow there. The scale makes the
+// exponent 1 for bit 0, and 0 when there is none.
+template <bool FLOAT>
+__device__ __forceinline__ u32 walk(u32 word) {
+  return FLOAT ? __float_as_uint((float)(word & 0xffffff00) * 0x1p-126f) : word;
+}
+// The number of the next bit and one more, shifted; 0 if there is none.
+template <bool FLOAT, int SHIFT>
+__device__ __forceinline__ u32 next_bit(u32& left) {
+  if (!FLOAT) {
+    const int number = highest_bit(left);
+    left -= bit(number);
+    return (number + 1) << SHIFT;
+  }
+  const u32 power = left & 0x7f800000;
+  left = __float_as_uint(__uint_as_float(left) - __uint_as_float(power));
+  return power >> (23 - SHIFT);
+}
+__device__ __forceinline__ u32 bits_left(u32 left) { return (u32)(__uint_as_float(left) * 0x1p126f); }  // with FLOAT
+
+// Of 16 bits or more the upper half is among the upper 24, and the lower half among the lower 24. With OVERFLOW slots have values
+// of these alone.
+template <int SLOTS, bool OVERFLOW>
+constexpr bool FLOAT = OVERFLOW || SLOTS >= 16;
+
 // ---- gather
 
 constexpr int STEP = 32;  // words of a row, one per lane, that a warp takes at a time: 1,024 columns
 
-// x in shared memory as `gather` reads it: of 1,024 columns at a time, STEP_ROW numbers for each column of a word, one of
-// each word. So a lane, whose words are the same of every step, reads from a bank of its own, whatever its columns are.
-// There are zeros before the first column and after the last: there is where a walk is that found no bit. One token as
-// fp32, more as 16 bits each.
-constexpr int STEP_ROW = LANES, STAGED = 34 * STEP_ROW;  // numbers of a step
+// x in shared memory as `gather` reads it: of 1,024 columns at a time, for each column of a word STEP_ROW times the numbers of
+// all tokens, one of each word. So a lane, whose words are the same of every step, reads from banks of its own, whatever its
+// columns are. There are zeros before the first column and after the last: there is where a walk is that found no bit. All
+// as fp32: to make that of 16 bits each time takes as many instructions as to multiply.
+constexpr int STEP_ROW = LANES, STAGED = 34 * STEP_ROW;  // columns of a step
 
 // Where a column of a word is, from -1 to 32.
 __device__ __forceinline__ int place(int word, int column) {
   return word / STEP * STAGED + (column + 1) * STEP_ROW + word % STEP;
 }
 
+template <int TOKENS>
+__device__ __forceinline__ void store_numbers(float* to, const float (&x)[TOKENS]) {
+  if constexpr (TOKENS == 1) *to = x[0];
+  else if constexpr (TOKENS == 2) *(float2*)to = make_float2(x[0], x[1]);
+  else *(float4*)to = make_float4(x[0], x[1], x[2], x[3]);
+}
+
 template <bool BF16, int TOKENS>
-__device__ void spread_x(const Call& call, u32* staged) {
-  constexpr int EACH = TOKENS == 4 ? 2 : 1;  // 32-bit numbers per column
+__device__ void spread_x(const Call& call, float* staged) {
   const int columns = call.w.columns, words = (columns / 32 + STEP - 1) / STEP * STEP;
-  for (int i = threadIdx.x; i < words; i += blockDim.x)
-#pragma unroll
-    for (int j = 0; j < EACH; j++) staged[EACH * place(i, -1) + j] = staged[EACH * place(i, 32) + j] = 0;
+  for (int i = threadIdx.x; i < words; i += blockDim.x) {
+    const float zeros[TOKENS] = {};
+    store_numbers<TOKENS>(staged + TOKENS * place(i, -1), zeros);
+    store_numbers<TOKENS>(staged + TOKENS * place(i, 32), zeros);
+  }
   for (int i = threadIdx.x; i < 4 * words; i += blockDim.x) {  // the lanes of a warp write to different words
     const int word = i / (4 * LANES) * LANES + i % LANES, quarter = i / LANES % 4;
     if (word >= columns / 32) continue;
@@ -83,35 +119,27 @@ __device__ void spread_x(const Call& call, u32* staged) {
       const uint4 eight = there ? load(from) : make_uint4(0, 0, 0, 0);
       tokens[token][0] = eight.x, tokens[token][1] = eight.y, tokens[token][2] = eight.z, tokens[token][3] = eight.w;
     }
-    u32* to = staged + EACH * place(word, 8 * quarter);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      if (TOKENS == 1) {
-        to[j * STEP_ROW] = __float_as_uint(j % 2 ? high<BF16>(tokens[0][j / 2]) : low<BF16>(tokens[0][j / 2]));
-      } else {
+      float x[TOKENS];
 #pragma unroll
-        for (int k = 0; k < EACH; k++)
-          to[k + EACH * j * STEP_ROW] =
-              permute(tokens[2 * k][j / 2], tokens[2 * k + 1][j / 2], j % 2 ? 0x7632 : 0x5410);
-      }
+      for (int k = 0; k < TOKENS; k++) x[k] = j % 2 ? high<BF16>(tokens[k][j / 2]) : low<BF16>(tokens[k][j / 2]);
+      store_numbers<TOKENS>(staged + TOKENS * place(word, 8 * quarter + j), x);
     }
   }
 }
 
-// Adds value * x at `here`, one column as spread_x writes it.
-template <bool BF16, int TOKENS>
-__device__ __forceinline__ void add(float value, const u32* here, float* sum) {
-  if (TOKENS == 1) {
-    sum[0] += value * __uint_as_float(here[0]);
-  } else if (TOKENS == 2) {
-    sum[0] += value * low<BF16>(here[0]);
-    sum[1] += value * high<BF16>(here[0]);
+// Adds value * x of one column.
+template <int TOKENS>
+__device__ __forceinline__ void add(float value, const void* x, float (&sum)[TOKENS]) {
+  if constexpr (TOKENS == 1) {
+    sum[0] += value * *(const float*)x;
+  } else if constexpr (TOKENS == 2) {
+    const float2 two = *(const float2*)x;
+    sum[0] += value * two.x, sum[1] += value * two.y;
   } else {
-    const uint2 pairs = *(const uint2*)here;
-    sum[0] += value * low<BF16>(pairs.x);
-    sum[1] += value * high<BF16>(pairs.x);
-    sum[2] += value * low<BF16>(pairs.y);
-    sum[3] += value * high<BF16>(pairs.y);
+    const float4 four = *(const float4*)x;
+    sum[0] += value * four.x, sum[1] += value * four.y, sum[2] += value * four.z, sum[3] += value * four.w;
   }
 }
 
@@ -137,14 +165,13 @@ __device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16*
 
 // A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
-__global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(const Call call) {
+__global__ void __launch_bounds__(1024) gather(const Call call) {
   SHARED(memory);
-  constexpr int EACH = TOKENS == 4 ? 2 : 1;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, stride = gridDim.x * (blockDim.x / LANES);
   const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
   int row = blockIdx.x * (blockDim.x / LANES) + warp, step = 0;
-  u32* staged = (u32*)memory;
+  float* staged = (float*)memory;
   u32 bits, values[SLOTS / 2], entries[2];             // of the next step, and the first two of a lane's overflow
   int extra, extra_end, next_extra = 0, next_end = 0;  // where that is, and that of the step after
   auto seek = [&](int row, int step) {
@@ -191,31 +218,28 @@ __global__ void __launch_bounds__(512, TOKENS == 1 && !OVERFLOW ? 3 : 2) gather(
 #pragma unroll
     for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
     const int here = row, at = step * STEP + lane, extra_now = extra, end_now = extra_end;
-    const u32 *first = staged + EACH * place(at, 0), *last = first + EACH * STEP_ROW * 31;
+    const char *below = (const char*)(staged + TOKENS * place(at, -1)), *above = (const char*)(staged + TOKENS * place(at, 32));
     if (++step == steps) step = 0, row += stride;
     fetch_words();
     fetch_entries();
     if (at < words) {  // a branch, before which the compiler has to ask for the next words
       auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
-      constexpr int HALF = OVERFLOW ? SLOTS / 2 : 0;  // that is walked from the other end: see formats/slots.py
+      constexpr bool BOTH = FLOAT<SLOTS, OVERFLOW>;  // ends are where walks begin
+      constexpr int HALF = BOTH ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 9 : TOKENS == 2 ? 8 : 7;  // to the bytes of a column
+      u32 left = walk<BOTH>(bits_now);
 #pragma unroll
-      for (int i = SLOTS - 1; i >= HALF; i--) {
-        const int zeros = leading_zeros(bits_now);
-        bits_now ^= bit_after(zeros);
-        add<BF16, TOKENS>(value(i), last - EACH * STEP_ROW * zeros, sum);
-      }
-      bits_now = reversed(bits_now);
+      for (int i = SLOTS - 1; i >= HALF; i--)
+        add<TOKENS>(value(i), below + next_bit<BOTH, SHIFT>(left), sum);
+      if (OVERFLOW) bits_now = bits_left(left) | bits_now & 0xff;  // some are in both halves
+      left = walk<BOTH>(reversed(bits_now));
 #pragma unroll
-      for (int i = 0; i < HALF; i++) {
-        const int zeros = leading_zeros(bits_now);
-        bits_now ^= bit_after(zeros);
-        add<BF16, TOKENS>(value(i), first + EACH * STEP_ROW * zeros, sum);
-      }
+      for (int i = 0; i < HALF; i++)
+        add<TOKENS>(value(i), above - next_bit<BOTH, SHIFT>(left), sum);
     }
     if constexpr (OVERFLOW) {
       auto add_entry = [&](u32 entry) {
         const int column = entry >> 16;
-        if (column < w.columns) add<BF16, TOKENS>(low<BF16>(entry), staged + EACH * place(column / 32, column % 32), sum);
+        if (column < w.columns) add<TOKENS>(low<BF16>(entry), staged + TOKENS * place(column / 32, column % 32), sum);
       };
 #pragma unroll
       for (int i = 0; i < 2; i++)
@@ -324,25 +348,6 @@ struct Words {
 // of its own, and no walk gets into another's way.
 __device__ __forceinline__ u32 inside(int column) { return column * 66 & 0x782; }  // of a lane's; any number is safe
 
-// The numbers of a word's bits, from the highest down. FLOAT: of its upper 24 bits, as a float, whose exponent is the number of
-// the highest: subtracting that power of two takes the bit off. What finds a bit of an integer waits in one queue with shared
-// memory.
-template <bool FLOAT>
-__device__ __forceinline__ u32 walk(u32 word) {
-  return FLOAT ? __float_as_uint(2 * (float)(word & 0xffffff00)) : word;  // twice: the exponent is 128 and the number
-}
-template <bool FLOAT>
-__device__ __forceinline__ int next_bit(u32& left) {  // where there is none: -1, or with FLOAT anything
-  if (!FLOAT) {
-    const int number = highest_bit(left);
-    left -= bit(number);
-    return number;
-  }
-  const u32 power = left & 0x7f800000;
-  left = __float_as_uint(__uint_as_float(left) - __uint_as_float(power));
-  return (int)(power >> 23) - 128;
-}
-
 // A warp writes its words of N tiles, the `groups`th eight rows of a span, dense to `tiles`, whose addresses TILE divides.
 // A word is walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds
 // no bit, `inside` of that is column 0 or 31, and the value is what belongs there: see formats/slots.py.
@@ -350,14 +355,13 @@ template <int N, int SLOTS, bool OVERFLOW>
 __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const int (&groups)[N],
                                        int span, const u32 (&tiles)[N]) {
   const int lane = threadIdx.x % LANES;
-  // Of exactly SLOTS bits the upper half is among the upper 24 if they are 16 or more, and the lower half among the lower 24.
-  constexpr bool FLOAT = !OVERFLOW && SLOTS >= 16;
+  constexpr bool BITS = FLOAT<SLOTS, OVERFLOW>;
   u32 down[N], up[N], own[N];
 #pragma unroll
   for (int k = 0; k < N; k++) {
 #pragma unroll
     for (int j = 0; j < 4; j++) store16((tiles[k] | 16 * lane) + 512 * j, make_uint4(0, 0, 0, 0));
-    down[k] = walk<FLOAT>(words[k].bits), up[k] = walk<FLOAT>(reversed(words[k].bits)), own[k] = tiles[k] | 4 * lane;
+    down[k] = walk<BITS>(words[k].bits), up[k] = walk<BITS>(reversed(words[k].bits)), own[k] = tiles[k] | 4 * lane;
   }
   __syncwarp();
   auto half = [&](u32 pair, int i) { return i % 2 ? pair >> 16 : pair; };
@@ -365,9 +369,9 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
   for (int n = 0; n < SLOTS / 2; n++)
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const int last = next_bit<FLOAT>(down[k]), first = next_bit<FLOAT>(up[k]), m = SLOTS - 1 - n;
-      store2(own[k] | inside(last), half(words[k].values[m / 2], m));
-      store2(own[k] | inside(31 - first), half(words[k].values[n / 2], n));
+      const int last = next_bit<BITS, 0>(down[k]), first = next_bit<BITS, 0>(up[k]), m = SLOTS - 1 - n;
+      store2(own[k] | inside(last - 1), half(words[k].values[m / 2], m));
+      store2(own[k] | inside(32 - first), half(words[k].values[n / 2], n));
     }
   if constexpr (OVERFLOW) {  // four lanes share a row's
     constexpr int ENTRIES = Words<SLOTS, OVERFLOW>::ENTRIES;

@@ -110,17 +110,18 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     return next((launch for launch in launches if launch.shared <= most_shared), None)
 
 
-def gather(layout: Layout, tokens: int, limits: tuple[int, int], blocks: int = 2) -> Launch:
-    """`gather` with so many blocks for each processor."""
+def gather(layout: Layout, tokens: int, limits: tuple[int, int]) -> Launch:
+    """`gather` by up to 32 warps on a processor: in two blocks, where x fits into shared memory twice."""
     (processors, most_shared), rows = limits, layout.rows
-    rounds = -(-rows // (16 * blocks * processors))  # of a row for each warp, of 16 warps in a block at most
-    warps = -(-rows // (rounds * blocks * processors))  # that have a row in the last round as well
     staged = 1 if tokens == 1 else 2 if tokens == 2 else 4
-    shared = 34 * 128 * -(-layout.in_features // 1024) * (2 if staged == 4 else 1)
+    shared = 34 * 128 * staged * -(-layout.in_features // 1024)
+    blocks = 2 if 2 * (shared + RESERVED) <= most_shared + RESERVED else 1
+    rounds = -(-rows // (32 * processors))  # of a row for each warp
+    warps = -(-rows // (rounds * blocks * processors))  # that have a row in the last round as well
     # Too much for one block more on a processor: else the first that is free would take what is meant for the last.
     shared = max(shared, (most_shared + RESERVED) // (blocks + 1) - RESERVED + 16)
-    blocks = min(-(-rows // warps), blocks * processors)
-    return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (blocks, 1), 32 * warps, shared)
+    grid = min(-(-rows // warps), blocks * processors)
+    return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (grid, 1), 32 * warps, shared)
 
 
 def multiply(layout: Layout, tokens: int, blocks: int, warps: int = 16) -> Launch:

@@ -79,7 +79,7 @@ def clone(matrix: cuda.Matrix) -> cuda.Matrix:
 def candidates(layout: cuda.Layout, tokens: int) -> list[cuda.Launch]:
     (processors, most_shared), launches = cuda._limits(0), []
     if tokens <= 4:
-        launches += [cuda.gather(layout, tokens, (processors, most_shared), blocks) for blocks in (1, 2)]
+        launches.append(cuda.gather(layout, tokens, (processors, most_shared)))
     if tokens <= 64:
         launches += [cuda.multiply(layout, tokens, processors, warps) for warps in (8, 12, 16)]
         launches += [cuda.multiply(layout, tokens, 2 * processors, 8)]

@@ -43,12 +43,15 @@ def test_brute_force(sparsity: float):
             assert packed.starts[row // 8, span, row % 8] == len(columns)
             for word in range(4 * span, min(4 * span + 4, 66)) if row < 13 else ():
                 here = [c for c in range(32 * word, 32 * word + 32) if keep[row, c]]
-                first, last = packed.values[row, word, :half], packed.values[row, word, half:].flip(0)
+                first = [c for c in here if c % 32 < 24][:half]
+                last = [c for c in reversed(here) if c % 32 >= 8][:half]
                 for i in range(half):
-                    assert first[i] == dense[row, here[i] if i < len(here) else 32 * word]
-                    assert last[i] == dense[row, here[-1 - i] if i < len(here) else 32 * word + 31]
-                columns += here[half:-half]
-                values += [dense[row, c] for c in here[half:-half]]
+                    assert packed.values[row, word, i] == dense[row, (first + [32 * word] * half)[i]]
+                    assert packed.values[row, word, -1 - i] == dense[row, (last + [32 * word + 31] * half)[i]]
+                others = sorted({*here} - {*first, *last})
+                assert others == here[half:-half] or half < 8
+                columns += others
+                values += [dense[row, c] for c in others]
     assert [int(entry) >> 16 & 0xFFFF for entry in packed.overflow] == [*columns, 0, 0, 0, 0]
     assert torch.equal(packed.overflow[:-4].to(torch.int16).view(torch.bfloat16), torch.stack(values))
 

@@ -264,17 +264,19 @@ def test_no_load_is_one_of_constants():
         assert "__restrict__" not in source
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("columns", [4096, 11008])
 @pytest.mark.parametrize("rows", [1, 37, 1024, 4096, 11008, 14336, 28672])
-def test_gather_is_shared_out_evenly(rows: int, blocks: int):
+def test_gather_is_shared_out_evenly(rows: int, columns: int):
     """No more blocks fit on a processor than it is meant to have, and no round is more than an eighth idle."""
-    layout = cuda.Layout(torch.bfloat16, rows, 4096, 16, True, False)
-    launch = cuda.gather(layout, 1, (132, 227 * 1024), blocks)
-    assert blocks * (launch.shared + 1024) <= 228 * 1024 < (blocks + 1) * (launch.shared + 1024)
-    warps, most = launch.grid[0] * (launch.threads // 32), 16 * blocks * 132
-    assert warps <= most
-    assert -(-rows // warps) == -(-rows // most)
-    assert rows < most / 2 or rows / (-(-rows // warps) * warps) > 7 / 8
+    layout = cuda.Layout(torch.bfloat16, rows, columns, 16, True, False)
+    for tokens in (1, 2, 4):
+        launch = cuda.gather(layout, tokens, (132, 227 * 1024))
+        blocks = 228 * 1024 // (launch.shared + 1024)
+        assert blocks == (1 if tokens == 4 and columns == 11008 else 2)
+        warps, most = launch.grid[0] * (launch.threads // 32), 32 * 132
+        assert warps <= most
+        assert -(-rows // warps) == -(-rows // most)
+        assert rows < most / 2 or rows / (-(-rows // warps) * warps) > 7 / 8
 
 
 @pytest.mark.parametrize("hopper", [True, False])
