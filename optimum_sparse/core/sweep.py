@@ -5,6 +5,7 @@ factor: with G = mean x x^T + damping, the paper's `Cholesky(H^-1)^T` is `U` her
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -99,12 +100,14 @@ def column_sweep(
     so far. N:M masks are chosen per row and group as the sweep reaches the group; unstructured masks per block,
     jointly over all rows (section 3.3 of the paper).
 
-    Columns are updated lazily: one matrix product per block for everything after it, the rest inside `sweep_block`.
+    Columns are updated lazily, by halves: when the left half of a range of blocks is swept, one matrix product updates
+    the right half with all errors of the left, and so in each half. Every pair of blocks meets once, most of them in
+    deep products, which are fast. Ranges are of 2^k blocks, but for the last right halves, which may lack some.
 
     Args:
         weight: fp32 [out, in].
         factor: `inverse_factor` of the inputs, fp32 [in, in].
-        block_size: columns between two full updates; N:M rounds it to whole groups.
+        block_size: columns of a block; N:M rounds it to whole groups.
         widths: of the blocks, if they are not all `block_size` wide.
     """
     columns = weight.T.contiguous().clone()  # [in, out]: a column of the weight is one contiguous row
@@ -116,18 +119,20 @@ def column_sweep(
         block_size = max(block_size // group, 1) * group
     if widths is None:
         widths = [min(block_size, width - start) for start in range(0, width, block_size)]
-    scale = factor.diagonal()[:, None]
-    start = 0
-    for size in widths:
-        stop = start + size
+    bounds = [0, *accumulate(widths)]
+    scale, errors = factor.diagonal()[:, None], torch.empty_like(columns)
+    for number, (start, stop) in enumerate(pairwise(bounds), 1):
         block = slice(start, stop)
         if not isinstance(pattern, NM):
             score = (columns[block] / scale[block]).square()
             count = pattern.kept(rows * stop) - pattern.kept(rows * start)  # exact over the whole matrix
-            keep[block] = keep_top(score.view(1, -1), count).view(size, rows)
-        errors = sweep_block(columns[block], keep[block], factor[block, block], kept, group)
-        columns[stop:].addmm_(factor[block, stop:].T, errors, alpha=-1)
-        start = stop
+            keep[block] = keep_top(score.view(1, -1), count).view_as(score)
+        errors[block] = sweep_block(columns[block], keep[block], factor[block, block], kept, group)
+        half = number & -number  # blocks in the left half that ends here: the largest power of 2 that divides `number`
+        left = slice(bounds[number - half], stop)
+        right = slice(stop, bounds[min(number + half, len(widths))])
+        columns[right].addmm_(factor[left, right].T, errors[left], alpha=-1)
+    del errors  # as large as what is made now
     columns *= keep
     return Solved(columns.T.contiguous(), keep.T.contiguous())
 

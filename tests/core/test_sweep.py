@@ -217,6 +217,18 @@ def test_lazy_updates_of_unstructured_blocks_equal_updates_at_once(sparsity: flo
     torch.testing.assert_close(solved.weight, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("blocks", range(1, 34))
+def test_however_many_blocks_there_are_every_pair_of_them_meets_once(blocks: int):
+    """Halves of ranges that are no powers of two, of blocks of all widths."""
+    widths = [1 + 3 * number % 5 for number in range(blocks)]
+    width, pattern = sum(widths), Unstructured(0.5)
+    weight, factor = random_weight(8, width).double(), inverse_factor(gram_of(ar_inputs(400, width)), 0.01)
+    solved = column_sweep(weight, factor, pattern, widths=widths)
+    expected, keep = sweep_at_once(weight, factor, pattern, widths)
+    assert torch.equal(solved.keep, keep)
+    torch.testing.assert_close(solved.weight, expected, rtol=1e-9, atol=1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 7),
