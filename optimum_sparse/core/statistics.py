@@ -161,9 +161,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return left.float() @ right
     rough_left, rough_right = left.bfloat16(), right.bfloat16()
     total = torch.mm(rough_left, rough_right, out_dtype=torch.float32)
-    total += torch.mm(rough_left, (right - rough_right).bfloat16(), out_dtype=torch.float32)
+    _add_product(total, rough_left, (right - rough_right).bfloat16())
     if left.dtype != torch.bfloat16:
-        total += torch.mm((left - rough_left).bfloat16(), rough_right, out_dtype=torch.float32)
+        _add_product(total, (left - rough_left).bfloat16(), rough_right)
     return total
 
 
@@ -180,7 +180,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif total.device.type == "cuda":
-        total += torch.mm(left, right, out_dtype=torch.float32)
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)  # addmm_ has no out_dtype
     else:
         total.addmm_(left.float(), right.float())
 

@@ -32,10 +32,11 @@ def test_keep_top_breaks_ties_as_on_the_cpu(n, kept):
     assert torch.equal(keep_top(score.cuda(), kept).cpu(), keep_top(score, kept))
 
 
+@pytest.mark.parametrize("width", [384, 1001])  # tiles are views of the sum; those of an odd width are not aligned
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gram_accumulates_in_fp32(dtype):
-    x = ar_inputs(5000, 384, dtype)
-    stats = InputStats(384, Needs.GRAM, "cuda")
+def test_gram_accumulates_in_fp32(dtype, width):
+    x = ar_inputs(5000, width, dtype)
+    stats = InputStats(width, Needs.GRAM, "cuda")
     for part in x.cuda().split(777):
         stats.update(part)
     exact = x.double().T @ x.double() / len(x)
