@@ -24,7 +24,7 @@ from ..core import SAMPLE_TOKENS, Needs, NotPositiveDefinite, Solved, violation
 from ..kernels.precision import fast_forward, full_fp32
 from ..methods import Method
 from ..report import LayerReport
-from .observe import Evidence, collect, find_layout, token_weights
+from .observe import Evidence, Layouts, collect, token_weights
 from .parts import Block, Calls, Linear, Sensitivity, Tensors, all_finite, dense_weights, not_finite
 from .reconstruct import Reconstruction, reconstruct
 
@@ -101,6 +101,7 @@ def prune_blocks(
     if calls is not None and follow and calls.dense_hidden is None:
         calls.dense_hidden = copy.copy(calls.hidden)
     dense_hidden = calls.dense_hidden if calls is not None and follow else None
+    layouts = Layouts()
     reports: list[LayerReport] = []
     try:
         progress = tqdm(
@@ -115,7 +116,7 @@ def prune_blocks(
         for index, block in enumerate(progress, start):
             with onload(block.module):
                 dense = [linear.weight.data for linear in block.linears]
-                found, keeps = _prune_block(block, index, calls, method, objective, dense, dense_hidden)
+                found, keeps = _prune_block(block, index, calls, layouts, method, objective, dense)
                 reports += found
                 if calls is not None:
                     if dense_hidden is not None and (reconstruction is not None or index + 1 < len(blocks)):
@@ -155,10 +156,10 @@ def _prune_block(
     block: Block,
     index: int,
     calls: Calls | None,
+    layouts: Layouts,
     method: Method,
     objective: Objective,
     dense: list[Tensor],
-    dense_hidden: Tensors | None,
 ) -> tuple[list[LayerReport], dict[str, Tensor]]:
     """Reports in the order of block.linears, and by name the masks of what was pruned."""
     reports: dict[str, LayerReport] = {}
@@ -187,11 +188,11 @@ def _prune_block(
         solve([(linear, None) for linear in block.linears])
     elif block.linears:
         with fast_forward(calls.hidden[0]):
-            layout = calls.within_memory(partial(find_layout, block, index))
-        follow = objective.needs_dense_path and dense_hidden is not None
+            layout = calls.within_memory(partial(layouts.find, block, index))
 
         def evidence_of(groups: list[list[Linear]], calls: Calls) -> list[Evidence]:
-            path = (dense, calls.dense_hidden) if follow and calls.dense_hidden is not None else None
+            hidden = calls.dense_hidden if objective.needs_dense_path else None
+            path = None if hidden is None else (dense, hidden)
             sensitivity = objective.sensitivity
             return collect(groups, layout, block, index, calls, method.needs, dense=path, sensitivity=sensitivity)
 

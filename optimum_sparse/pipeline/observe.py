@@ -6,9 +6,10 @@ no activations are kept but those at the boundary of a block.
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -80,6 +81,56 @@ class Layout:
             else:
                 stages[same].append(group)
         return list(stages.values())
+
+    def of(self, others: dict[str, Linear]) -> "Layout":
+        """That of a block of the same structure: its linears, by the names of this one's."""
+        return Layout(
+            [[others[linear.name] for linear in group] for group in self.groups],
+            frozenset(others[name].name for name in self.residual),
+            frozenset(others[name].name for name in self.in_place),
+            self.once,
+        )
+
+
+class Layouts:
+    """The layouts of the blocks of one model: a single pass for all blocks of the same structure.
+
+    Blocks are looked at one by one where linears were not all called once, or may be experts (a pass does not reach
+    all of these): what is seen is not what every pass would show.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[list[Linear], Layout]] = {}
+
+    def find(self, block: Block, index: int, calls: Calls) -> Layout:
+        """As `find_layout`. All processes know the same layouts, and so meet in it or not."""
+        structure = _structure(block)
+        if structure in self._known:
+            linears, layout = self._known[structure]
+            return layout.of({known.name: linear for known, linear in zip(linears, block.linears, strict=True)})
+        layout = find_layout(block, index, calls)
+        numbered = len({_kind(linear.name) for linear in block.linears}) < len(block.linears)
+        if layout.once and not numbered and all(linear.expert is None for linear in block.linears):
+            self._known[structure] = block.linears, layout
+        return layout
+
+
+def _structure(block: Block) -> Hashable:
+    """The same for blocks that call their linears in the same way: what modules they have, by name and type, and which
+    of these are pruned.
+
+    A module's booleans, strings and functions count, which may choose a way through the forward pass
+    (`is_kv_shared_layer`, "sliding_attention"); of its other attributes only the types, or a layer's number would.
+    """
+    modules = tuple(
+        (name, type(module), *((key, _switch(value)) for key, value in vars(module).items()))
+        for name, module in block.module.named_modules()
+    )
+    return modules, tuple((linear.name.removeprefix(block.name), linear.shape) for linear in block.linears)
+
+
+def _switch(value: Any) -> Any:
+    return value if isinstance(value, bool | str | FunctionType) else type(value)
 
 
 def _kind(name: str) -> str:

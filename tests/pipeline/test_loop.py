@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from optimum_sparse.core import NM, Needs, NotPositiveDefinite, Pattern, Solved, Unstructured
 from optimum_sparse.methods import Admm, Magnitude, Polished, Rose, SparseGPT, Wanda
 from optimum_sparse.pipeline import Block, Calls, Linear, Objective, Reconstruction, Sensitivity, prune_blocks
+from optimum_sparse.pipeline.observe import Layouts, find_layout
 
 
 # ---- statistics
@@ -200,6 +201,34 @@ def test_blocks_get_their_own_arguments_and_may_return_tuples():
     x = torch.cat([modules[0](x, 2.0, shift=float(batch))[0] for batch, x in enumerate(batches)])
     expected = x.detach().reshape(-1, WIDTH).square().mean(0)
     torch.testing.assert_close(spy.stats[4].mean_square, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(True, 0.5, 0.5)], ids=["plain", "two paths"])
+@pytest.mark.parametrize("start", [0, 1])
+def test_looking_only_at_new_structures_changes_nothing(objective: Objective, start: int, monkeypatch):
+    """Not where a run begins again, either, with other blocks to look at."""
+
+    class Counted(Decoder):
+        def forward(self, x: Tensor) -> Tensor:
+            passes.append(self)
+            return super().forward(x)
+
+    modules = [Counted(seed=1), Attention(seed=2), Counted(seed=3), Counted(seed=4), Attention(seed=5)]
+    kinds = [type(module) for module in modules[start:]]
+    results, counts = [], []
+    for looks_at_all in (False, True):
+        passes: list[nn.Module] = []
+        pruned = copy.deepcopy(modules)
+        calls = calls_of(tokens_of(), 5)
+        with monkeypatch.context() as patch:
+            if looks_at_all:
+                patch.setattr(Layouts, "find", lambda self, *args: find_layout(*args))
+            reports = prune_blocks(blocks_of(pruned), calls, SparseGPT(), objective=objective, start=start)
+        results.append((nn.ModuleList(pruned).state_dict(), [(report.name, report.error) for report in reports]))
+        counts.append(len(passes))
+    assert counts[1] - counts[0] == kinds.count(Counted) - 1
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(weight, results[1][0][name]) for name, weight in results[0][0].items())
 
 
 # ---- what is written and reported

@@ -1,5 +1,6 @@
 """What the linears of a block see: who shares an input, who writes to the residual stream, means on both paths."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -8,15 +9,15 @@ import pytest
 import torch
 from helpers import ar_inputs, random_weight
 from models import ARCHITECTURES, EXPERTS, make_config, make_model, token_ids
-from modules import WIDTH, Attention, Decoder, block_of, calls_of, felt_by, normal, tokens_of
+from modules import WIDTH, Attention, Decoder, block_of, blocks_of, calls_of, felt_by, normal, tokens_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 from optimum_sparse.core import Needs
 from optimum_sparse.hf.blocks import make_plan, record_calls
-from optimum_sparse.pipeline import Block, Linear, Sensitivity
-from optimum_sparse.pipeline.observe import Layout, Watch, collect, find_layout, token_weights
+from optimum_sparse.pipeline import Block, Calls, Linear, Sensitivity, observe
+from optimum_sparse.pipeline.observe import Layout, Layouts, Watch, collect, find_layout, token_weights
 from optimum_sparse.pipeline.parts import dense_weights
 
 
@@ -283,6 +284,84 @@ def test_layouts_of_architectures(architecture: str):
             torch.testing.assert_close(watch.residuals[name].reshape(x.shape), x / branches)
         for name in set(writers) - set(attention) if branches == 1 else ():
             assert not torch.allclose(watch.residuals[name].reshape(x.shape), x)
+
+
+# ---- one pass for all blocks of the same structure
+
+
+def looked_at(blocks: list[Block], calls: Calls, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the blocks that a pass was run for; the layouts of all are those of such a pass."""
+    numbers = []
+    monkeypatch.setattr(observe, "find_layout", lambda *args: (numbers.append(args[1]), find_layout(*args))[1])
+    layouts = Layouts()
+    for index, block in enumerate(blocks):
+        assert layouts.find(block, index, calls) == find_layout(block, index, calls)
+    return numbers
+
+
+def in_order(m: Written, x: Tensor) -> Tensor:
+    return m.a(x) + m.b(x) + m.back(m.inner(m.c(x)))
+
+
+def out_of_order(m: Written, x: Tensor) -> Tensor:
+    return x + m.back(m.inner(m.b(m.c(m.a(x)))))
+
+
+def branching(m: Written, x: Tensor) -> Tensor:
+    return in_order(m, x) if m.switch in (True, "one") else out_of_order(m, x)
+
+
+def switched(switch: object, **attributes: object) -> Written:
+    module = Written(branching)
+    module.switch = switch
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+CASES = {
+    "equal": ([Decoder(seed=seed) for seed in range(3)], [0]),
+    "mixed": ([Decoder(), Attention(), Decoder(), Decoder(inner=32), Attention(), Decoder(inner=32)], [0, 1, 3]),
+    "one inside another": ([Attention(), nn.Sequential(Attention()), Attention()], [0, 1]),
+    "a function": ([Written(in_order), Written(out_of_order), Written(in_order), Written(out_of_order)], [0, 1]),
+    "a boolean": ([switched(True), switched(False), switched(True), switched(False)], [0, 1]),
+    "a string": ([switched("one"), switched("other"), switched("one"), switched("other")], [0, 1]),
+    "a number": ([switched(True, number=0), switched(True, number=1), switched(True, number=None)], [0, 2]),
+    "not all called": ([Written(lambda m, x: m.a(x))] * 3, [0, 1, 2]),
+    "one called twice": ([Written(lambda m, x: in_order(m, m.a(x)))] * 3, [0, 1, 2]),
+    "numbered": ([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))] * 3, [0]),
+    "experts, perhaps": ([nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH)) for _ in "ab"))] * 3, [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_of_the_same_structure_are_looked_at_once(case: str, monkeypatch):
+    modules, expected = CASES[case]
+    assert looked_at(blocks_of(modules), calls_of(tokens_of(), len(modules)), monkeypatch) == expected
+
+
+def test_the_same_linears_must_be_pruned(monkeypatch):
+    blocks = blocks_of([Decoder() for _ in range(4)])
+    del blocks[1].linears[0]
+    blocks[2].linears.reverse()
+    assert looked_at(blocks, calls_of(tokens_of(), 4), monkeypatch) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *EXPERTS])
+@pytest.mark.parametrize("experts", [True, False])
+def test_blocks_of_architectures_that_are_looked_at(architecture: str, experts: bool, monkeypatch):
+    """Two kinds of attention are told apart, though their layouts are the same."""
+    model = make_model(architecture)
+    plan = make_plan(model, make_config(ignore=[] if experts or architecture in ARCHITECTURES else ["experts"]))
+    calls = record_calls(model, [block.module for block in plan.blocks], [{"input_ids": token_ids()}])
+    with contextlib.ExitStack() as present:
+        for block in plan.blocks:
+            present.enter_context(plan.onload(block.module))
+        numbers = looked_at(plan.blocks, calls, monkeypatch)
+    if architecture in EXPERTS and experts:
+        assert numbers == list(range(len(plan.blocks)))
+    else:
+        assert numbers == ([0, 1] if architecture in ("gemma3", "gpt_oss") else [0])
 
 
 # ---- statistics on both paths
