@@ -54,24 +54,25 @@ constexpr int EARLY = 2;
 
 // FLOAT: of the upper 24 bits, as a float, whose exponent is the highest one's number: subtracting that power of two takes the
 // bit off. What finds a bit of an integer waits in one queue with shared memory, and is slow there. The scale makes the
-// exponent 1 for bit 0, and 0 when there is none.
-template <bool FLOAT>
+// exponent FIRST for bit 0; it is 0 when there is none.
+template <bool FLOAT, int FIRST>
 __device__ __forceinline__ u32 walk(u32 word) {
-  return FLOAT ? __float_as_uint((float)(word & 0xffffff00) * 0x1p-126f) : word;
+  return FLOAT ? __float_as_uint((float)(word & 0xffffff00) * __uint_as_float(FIRST << 23)) : word;
 }
-// The number of the next bit and one more, shifted; 0 if there is none.
-template <bool FLOAT, int SHIFT>
+// The number of the next bit, counted from FIRST, at bit 23: where a float has its exponent. 0 if there is none, with FLOAT or
+// a FIRST of 1.
+template <bool FLOAT, int FIRST>
 __device__ __forceinline__ u32 next_bit(u32& left) {
   if (!FLOAT) {
     const int number = highest_bit(left);
     left -= bit(number);
-    return (number + 1) << SHIFT;
+    return (number + FIRST) << 23;
   }
   const u32 power = left & 0x7f800000;
   left = __float_as_uint(__uint_as_float(left) - __uint_as_float(power));
-  return power >> (23 - SHIFT);
+  return power;
 }
-__device__ __forceinline__ u32 bits_left(u32 left) { return (u32)(__uint_as_float(left) * 0x1p126f); }  // with FLOAT
+__device__ __forceinline__ u32 bits_left(u32 left) { return (u32)(__uint_as_float(left) * 0x1p126f); }  // with FLOAT, from 1
 
 // Of 16 bits or more the upper half is among the upper 24, and the lower half among the lower 24. With OVERFLOW slots have values
 // of these alone.
@@ -225,16 +226,16 @@ __global__ void __launch_bounds__(1024) gather(const Call call) {
     if (at < words) {  // a branch, before which the compiler has to ask for the next words
       auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
       constexpr bool BOTH = FLOAT<SLOTS, OVERFLOW>;  // ends are where walks begin
-      constexpr int HALF = BOTH ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 9 : TOKENS == 2 ? 8 : 7;  // to the bytes of a column
-      u32 left = walk<BOTH>(bits_now);
+      constexpr int HALF = BOTH ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16;  // to a column's bytes
+      u32 left = walk<BOTH, 1>(bits_now);
 #pragma unroll
       for (int i = SLOTS - 1; i >= HALF; i--)
-        add<TOKENS>(value(i), below + next_bit<BOTH, SHIFT>(left), sum);
+        add<TOKENS>(value(i), below + (next_bit<BOTH, 1>(left) >> SHIFT), sum);
       if (OVERFLOW) bits_now = bits_left(left) | bits_now & 0xff;  // some are in both halves
-      left = walk<BOTH>(reversed(bits_now));
+      left = walk<BOTH, 1>(reversed(bits_now));
 #pragma unroll
       for (int i = 0; i < HALF; i++)
-        add<TOKENS>(value(i), above - next_bit<BOTH, SHIFT>(left), sum);
+        add<TOKENS>(value(i), above - (next_bit<BOTH, 1>(left) >> SHIFT), sum);
     }
     if constexpr (OVERFLOW) {
       auto add_entry = [&](u32 entry) {
@@ -271,21 +272,30 @@ struct Words {
   // Tiles come through shared memory, past the registers: any number of them may be on their way, where to wait for one
   // load to a register is to wait for all. Lanes ask for whole rows together, for what they ask for one by one comes in
   // sectors of 32 bytes, the same ones again and again.
-  static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE, ROW = 8 * SLOTS + 16;  // bytes; of a row
-  static constexpr int MASK = ROWS * ROW, EXTRA = MASK + 4 * LANES, ROOM = EXTRA + (OVERFLOW ? 20 * LANES : 0);
+  static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE;  // bytes; of a row
+  static constexpr int MASK = 8 * ROWS * SLOTS, EXTRA = MASK + 4 * LANES, ROOM = EXTRA + (OVERFLOW ? 20 * LANES : 0);
 
-  // What a lane copies of a tile: how many bytes after the tile's first it is. That is the same for all, and to work it
-  // out each time takes longer than to multiply.
+  // Where a piece of a tile is in its room. What is one line of 128 bytes in W is one line here, or to copy it takes more than
+  // twice as long; in a line, pieces change places so that those that lanes read at the same time have banks of their own.
+  static __device__ __forceinline__ u32 place(int piece) {
+    constexpr int WORD = PIECES / 4, EVEN = (WORD & -WORD) - 1;
+    return PIECE * (piece ^ piece >> 3 & EVEN);
+  }
+
+  // What a lane copies of a tile: how many bytes after the tile's first it is, and where it goes; and what it takes later.
+  // That is the same for all, and to work it out each time takes longer than to multiply.
   struct Pieces {
-    u32 from[PIECES / 4], mask;
+    u32 from[PIECES / 4], mask, to, taken[PIECES / 4];
     __device__ __forceinline__ Pieces(const Matrix& w, int lane) {
       const u32 words = w.columns / 32;
 #pragma unroll
       for (int i = 0; i < PIECES / 4; i++) {
         const int piece = LANES * i + lane;
         from[i] = piece / PIECES * words * (2 * SLOTS) + piece % PIECES * PIECE;
+        taken[i] = place(PIECES / 4 * lane + i);
       }
       mask = (lane / 4 * words + lane % 4) * 4;
+      to = place(lane);  // of the first piece; others are PIECE * LANES behind one another
     }
   };
 
@@ -311,7 +321,7 @@ struct Words {
 #pragma unroll
     for (int i = 0; i < PIECES / 4; i++) {
       const int r = (LANES * i + lane) / PIECES, piece = (LANES * i + lane) % PIECES;
-      copy<PIECE>(room + ROW * r + PIECE * piece, values + mine.from[i], r < rows && piece * 4 / PIECES < columns);
+      copy<PIECE>(room + mine.to + PIECE * LANES * i, values + mine.from[i], r < rows && piece * 4 / PIECES < columns);
     }
     copy<4>(room + MASK + 4 * lane, (const char*)(w.mask + index) + mine.mask, lane / 4 < rows && lane % 4 < columns);
     if constexpr (OVERFLOW) {
@@ -320,12 +330,12 @@ struct Words {
       store4(room + EXTRA + 16 * LANES + 4 * lane, overflow.x % 4 | overflow.y - overflow.x << 2);
     }
   }
-  __device__ __forceinline__ void take(u32 room) {
+  __device__ __forceinline__ void take(u32 room, const Pieces& mine) {
     const int lane = threadIdx.x % LANES;
     bits = load4(room + MASK + 4 * lane);
 #pragma unroll
     for (int i = 0; i < PIECES / 4; i++) {
-      const u32 at = room + lane / 4 * ROW + lane % 4 * 2 * SLOTS + PIECE * i;
+      const u32 at = room + mine.taken[i];
       if constexpr (PIECE == 16) {
         const uint4 four = load16(at);
         values[4 * i] = four.x, values[4 * i + 1] = four.y, values[4 * i + 2] = four.z, values[4 * i + 3] = four.w;
@@ -344,41 +354,55 @@ struct Words {
   }
 };
 
-// A dense tile in shared memory: columns 2 j and 2 j + 1 of a lane's word at BLOCK * j + 4 * lane. So each lane has a bank
-// of its own, and no walk gets into another's way.
-__device__ __forceinline__ u32 inside(int column) { return column * 66 & 0x782; }  // of a lane's; any number is safe
+// A dense tile in shared memory: columns t and 16 + t of a lane's word at BLOCK * t + 4 * lane. So each lane has a bank of its
+// own, and no walk gets into another's way. Columns that W does not keep have what was there before: who reads a pair masks
+// it, which is faster than to write zeros first.
+__device__ __forceinline__ u32 inside(int column) { return column << 7 & 0x780 | column >> 3 & 2; }  // of a word
+// The address of a column, whose number is at bit 23, in a word at `own`; with `own ^ inside(31)`, of 31 minus that. Any number
+// is safe.
+__device__ __forceinline__ u32 cell(u32 number, u32 own) { return __umulhi(number, (128 << 9) + (1 << 6)) & 0x782 ^ own; }
 
-// A warp writes its words of N tiles, the `groups`th eight rows of a span, dense to `tiles`, whose addresses TILE divides.
-// A word is walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds
-// no bit, `inside` of that is column 0 or 31, and the value is what belongs there: see formats/slots.py.
+// Pair t of a lane's word at `own`. A selector's digits from 8 on are a byte's highest bit, eight times.
+__device__ __forceinline__ u32 read_pair(u32 bits, u32 own, int t) {
+  return load4(own + BLOCK * t) & permute(bits << (7 - t % 8), 0, t < 8 ? 0xaa88 : 0xbb99);
+}
+// A word's columns as neighbours to pairs as tiles have them, in the order in which tensor cores get these: t, then t + 8.
+__device__ __forceinline__ void reorder(u32 (&pairs)[16]) {
+  u32 found[16];
+#pragma unroll
+  for (int t = 0; t < 16; t++) found[t % 8 * 2 + t / 8] = permute(pairs[t / 2], pairs[8 + t / 2], t % 2 ? 0x7632 : 0x5410);
+#pragma unroll
+  for (int i = 0; i < 16; i++) pairs[i] = found[i];
+}
+
+// A warp writes its words of N tiles, the `groups`th eight rows of a span, to `tiles`, whose addresses TILE divides. A word is
+// walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds no bit, it
+// writes to column 0 or 31, and the value is what belongs there: see formats/slots.py.
 template <int N, int SLOTS, bool OVERFLOW>
 __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const int (&groups)[N],
                                        int span, const u32 (&tiles)[N]) {
   const int lane = threadIdx.x % LANES;
   constexpr bool BITS = FLOAT<SLOTS, OVERFLOW>;
-  u32 down[N], up[N], own[N];
+  u32 down[N], up[N];
 #pragma unroll
-  for (int k = 0; k < N; k++) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) store16((tiles[k] | 16 * lane) + 512 * j, make_uint4(0, 0, 0, 0));
-    down[k] = walk<BITS>(words[k].bits), up[k] = walk<BITS>(reversed(words[k].bits)), own[k] = tiles[k] | 4 * lane;
-  }
-  __syncwarp();
+  for (int k = 0; k < N; k++) down[k] = walk<BITS, 128>(words[k].bits), up[k] = walk<BITS, 128>(reversed(words[k].bits));
+  __syncwarp();  // tiles have been read
   auto half = [&](u32 pair, int i) { return i % 2 ? pair >> 16 : pair; };
 #pragma unroll
   for (int n = 0; n < SLOTS / 2; n++)
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const int last = next_bit<BITS, 0>(down[k]), first = next_bit<BITS, 0>(up[k]), m = SLOTS - 1 - n;
-      store2(own[k] | inside(last - 1), half(words[k].values[m / 2], m));
-      store2(own[k] | inside(32 - first), half(words[k].values[n / 2], n));
+      const u32 last = next_bit<BITS, 128>(down[k]), first = next_bit<BITS, 128>(up[k]), own = tiles[k] | 4 * lane;
+      constexpr int LAST = SLOTS - 1;
+      store2(cell(last, own), half(words[k].values[(LAST - n) / 2], LAST - n));
+      store2(cell(first, own ^ inside(31)), half(words[k].values[n / 2], n));
     }
   if constexpr (OVERFLOW) {  // four lanes share a row's
     constexpr int ENTRIES = Words<SLOTS, OVERFLOW>::ENTRIES;
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const u32 row = tiles[k] | lane / 4 * 16;
-      auto put = [&](u32 entry) { store2(row | entry >> 19 & 12 | inside(entry >> 16 & 31), entry); };
+      auto put = [&](u32 entry) { store2(row | entry >> 19 & 12 | inside(entry >> 16), entry); };
 #pragma unroll
       for (int i = 0; i < ENTRIES; i++)
         if (lane % 4 + 4 * i < words[k].count) put(words[k].entries[i]);
@@ -387,8 +411,8 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
 #pragma unroll 1
       for (int i = 4 * ENTRIES + lane % 4; i < words[k].count; i += 4) put(load_once(w.overflow + begin + i));
     }
-    __syncwarp();
   }
+  __syncwarp();
 }
 
 // Two values in four columns have six arrangements. A table of 16 at an address that 128 divides has, for the bits of four
@@ -479,13 +503,14 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
           const uint4 four = there ? load(from + j) : make_uint4(0, 0, 0, 0);
           x[k][4 * j] = four.x, x[k][4 * j + 1] = four.y, x[k][4 * j + 2] = four.z, x[k][4 * j + 3] = four.w;
         }
+        if (!PAIRS) reorder(x[k]);
       }
 #pragma unroll
       for (int unit = 0; unit < UNITS; unit++) {
         Word words[2];
         wait_copies<AHEAD - 1>();
         __syncwarp();
-        if (2 * unit < count) words[0].take(room(unit, 0)), words[1].take(room(unit, 1));
+        if (2 * unit < count) words[0].take(room(unit, 0), pieces), words[1].take(room(unit, 1), pieces);
         __syncwarp();
         if (unit + AHEAD < UNITS) ask(unit + AHEAD, pass, span);
         else ask(unit + AHEAD - UNITS, next_pass, next_span);
@@ -496,13 +521,13 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
         if constexpr (!PAIRS) spread<2>(w, words, {group, group + 1}, span, {tiles, tiles + TILE});
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          uint2 a[2];  // of each tile four columns
+          uint2 a[2];  // of each tile two pairs of columns
 #pragma unroll
           for (int k = 0; k < 2; k++) {
             if constexpr (PAIRS) a[k] = four_columns(words[k], i, table);
             else {
-              const u32 own = tiles + k * TILE + 4 * lane + 2 * i * BLOCK;
-              a[k].x = load4(own), a[k].y = load4(own + BLOCK);
+              const u32 own = tiles + k * TILE + 4 * lane;
+              a[k].x = read_pair(words[k].bits, own, i), a[k].y = read_pair(words[k].bits, own, i + 8);
             }
           }
 #pragma unroll
@@ -536,12 +561,11 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
 
 // ---- stream: Hopper
 
-// wgmma takes 64 rows of W from a warpgroup's registers, and x from shared memory in blocks of 8 tokens and 8 columns. As in a
-// dense tile that `spread` writes, word p of 128 columns has its columns 2 t and 2 t + 1 in block t, at 2 p and 2 p + 1:
-// `arrange` brings x into that order.
+// wgmma takes 64 rows of W from a warpgroup's registers, and x from shared memory in blocks of 8 tokens and 8 columns: two of
+// each of the four words of 128 columns. Which two, is as in W's fragments: of 2:4 neighbours, else as `reorder` has them.
 
 // x [tokens, columns] -> [tile of TOKENS][span][8 tokens][block], zeros beyond both ends. A warp takes 8 tokens of a span.
-template <int TOKENS>
+template <int TOKENS, bool PAIRS>
 __global__ void arrange(const Call call) {
   const int lane = threadIdx.x % LANES, spans = (call.w.columns + SPAN - 1) / SPAN;
   const int group = blockIdx.y, span = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
@@ -552,21 +576,18 @@ __global__ void arrange(const Call call) {
        i += gridDim.x * gridDim.y * blockDim.x)
     call.flags[i] = 0;
   if (span >= spans) return;
-  uint4 x[4];
+  u32 x[16];
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    x[i] = token < call.tokens && column < call.w.columns
-               ? load((const uint4*)(call.x + (i64)token * call.w.columns + column) + i)
-               : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < 4; i++) {
+    const bool there = token < call.tokens && column < call.w.columns;
+    const uint4 four = there ? load((const uint4*)(call.x + (i64)token * call.w.columns + column) + i) : make_uint4(0, 0, 0, 0);
+    x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+  }
+  if (!PAIRS) reorder(x);
   constexpr int GROUPS = TOKENS / 8;
   u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (TILE / 4) + lane;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    to[(4 * i + 0) * BLOCK / 4] = x[i].x;
-    to[(4 * i + 1) * BLOCK / 4] = x[i].y;
-    to[(4 * i + 2) * BLOCK / 4] = x[i].z;
-    to[(4 * i + 3) * BLOCK / 4] = x[i].w;
-  }
+  for (int i = 0; i < 16; i++) to[i * BLOCK / 4] = x[i];
 }
 
 // The work of a block: all spans of all tiles of y, one tile after the other, are cut into as many parts as there are
@@ -670,8 +691,9 @@ __global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) st
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * X + warp * 2 * TILE;
-  const u32 table = xs + STAGES * X + (PAIRS ? 0 : WARPS * 2 * TILE), full = table + 128, empty = full + 8 * STAGES;
-  const u32 rooms = empty + 8 * STAGES + warp * AHEAD * 2 * Word::ROOM;
+  const u32 table = xs + STAGES * X + (PAIRS ? 0 : WARPS * 2 * TILE), first_room = table + 128;
+  const u32 rooms = first_room + warp * AHEAD * 2 * Word::ROOM;
+  const u32 full = first_room + WARPS * AHEAD * 2 * Word::ROOM, empty = full + 8 * STAGES;
   Part now(call, spans, blockIdx.x), later = now, next = now;  // what is multiplied; asked for of W; of x
 
   const typename Word::Pieces pieces(w, lane);
@@ -733,7 +755,7 @@ __global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) st
       Word words[2];
       wait_copies<AHEAD - 1>();
       __syncwarp();
-      words[0].take(room(slot, 0)), words[1].take(room(slot, 1));
+      words[0].take(room(slot, 0), pieces), words[1].take(room(slot, 1), pieces);
       __syncwarp();
       ask(slot);
       if (++slot == AHEAD) slot = 0;
@@ -749,8 +771,8 @@ __global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) st
             const uint2 pairs = four_columns(words[k], i, table);
             a[i][k] = pairs.x, a[i][2 + k] = pairs.y;
           } else {
-            const u32 own = tiles + k * TILE + 4 * lane + 2 * i * BLOCK;
-            a[i][k] = load4(own), a[i][2 + k] = load4(own + BLOCK);
+            const u32 own = tiles + k * TILE + 4 * lane;
+            a[i][k] = read_pair(words[k].bits, own, i), a[i][2 + k] = read_pair(words[k].bits, own, i + 8);
           }
         }
       wait_barrier(full + 8 * stage, turn);
@@ -796,19 +818,34 @@ __global__ void __launch_bounds__(256) expand(const Call call) {
     Word words[1];
     wait_copies<0>();
     __syncwarp();
-    words[0].take(room);
+    words[0].take(room, pieces);
     __syncwarp();
     ask(i + stride);
     spread<1>(w, words, {i / spans}, i % spans, {tile});
-    __syncwarp();
+    u32 pairs[16], columns[16];  // of a lane's word: as in the tile; in their order
 #pragma unroll
-    for (int j = 0; j < 4; j++) {  // 8 columns for each lane: two rows
-      const int r = 2 * j + lane / 16, word = lane % 16 / 4, row = i / spans * ROWS + r, column = i % spans * SPAN;
-      const u32 from = tile + 4 * (4 * r + word) + lane % 4 * 4 * BLOCK;
-      if (row < w.rows && column + 32 * word < w.columns)
-        *(uint4*)(call.y + (i64)row * w.columns + column + lane % 16 * 8) =
-            make_uint4(load4(from), load4(from + BLOCK), load4(from + 2 * BLOCK), load4(from + 3 * BLOCK));
+    for (int t = 0; t < 16; t++) pairs[t] = read_pair(words[0].bits, tile + 4 * lane, t);
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+      columns[j] = permute(pairs[2 * j % 16], pairs[2 * j % 16 + 1], j < 8 ? 0x5410 : 0x7632);
+    // Two lanes exchange quarters of their words, so that what they write at a time lies side by side: sectors of 32 bytes.
+    const int odd = lane % 2, row = i / spans * ROWS + lane / 4, word = i % spans * 4 + lane % 4 - odd;
+#pragma unroll
+    for (int q = 0; q < 4; q += 2) {
+      u32 quarters[2][4];  // of the even lane's word, of the odd one's
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const u32 own = odd ? columns[4 * q + 4 + k] : columns[4 * q + k];
+        const u32 other = from_lane(odd ? columns[4 * q + k] : columns[4 * q + 4 + k], lane ^ 1);
+        quarters[0][k] = odd ? other : own, quarters[1][k] = odd ? own : other;
+      }
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int column = 32 * (word + k) + 8 * (q + odd);
+        if (row < w.rows && column < w.columns)
+          *(uint4*)(call.y + (i64)row * w.columns + column) =
+              make_uint4(quarters[k][0], quarters[k][1], quarters[k][2], quarters[k][3]);
+      }
     }
-    __syncwarp();
   }
 }

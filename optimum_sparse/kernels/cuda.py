@@ -100,14 +100,20 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
     several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
+    rounds = layout.in_features / slots.SPAN / 16  # of columns, for the warps of `multiply`
+    slow = (rounds > 1 and rounds / -(-rounds // 1) < 0.9) or (layout.overflow and _is_large(layout))
     launches: list[Launch] = []
-    if tokens <= (4 if not layout.pairs else 1 if several else 2):
+    if tokens <= (4 if not layout.pairs else 0 if _is_large(layout) else 2):
         launches.append(gather(layout, tokens, (processors, most_shared)))
-    elif hopper and tokens > 8:
+    elif hopper and (tokens > 8 or (tokens > 4 and slow)):
         launches += streams(layout, tokens, (processors, most_shared))
     for warps in (8, 6, 4, 2) if several else (16, 12, 8, 4, 2):
         launches.append(multiply(layout, tokens, processors * (2 if several else 1), warps))
     return next((launch for launch in launches if launch.shared <= most_shared), None)
+
+
+def _is_large(layout: Layout) -> bool:
+    return layout.rows * layout.in_features >= 2**26
 
 
 def gather(layout: Layout, tokens: int, limits: tuple[int, int]) -> Launch:
@@ -136,7 +142,7 @@ def multiply(layout: Layout, tokens: int, blocks: int, warps: int = 16) -> Launc
 
 def _room(layout: Layout) -> int:
     """Bytes of a tile on its way: `Words::ROOM`."""
-    return 64 * layout.slots + 256 + (640 if layout.overflow else 0)
+    return 64 * layout.slots + 128 + (640 if layout.overflow else 0)
 
 
 def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int = 2, blocks: int = 1) -> Launch:
@@ -153,13 +159,14 @@ def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int 
 def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[Launch]:
     """Those that fit, the best first: rather more tokens at a time than come, and unused, than fewer."""
     processors, most_shared = limits
-    large = layout.rows * layout.in_features >= 2**26  # what blocks leave to one another matters less
     for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
         sizes = [(2, 1)]  # how many times 64 rows a block has, and how many blocks a processor
-        if tile <= 64:
-            sizes = [(4, 1), (2, 1), (1, 1)] if large else [(1, 2), (2, 1), (1, 1)]
         if tile <= 32:
-            sizes = [(2, 2), (4, 1), (1, 2)]
+            sizes = [(2, 2), (4, 1), (1, 2)] if not layout.overflow else [(4, 1), (2, 2), (1, 2)]
+        elif tile <= 64:
+            sizes = [(1, 2), (2, 1)] if layout.pairs else [(2, 1), (1, 2)]
+            if _is_large(layout):  # what blocks leave to one another matters less
+                sizes.insert(0, (4, 1))
         for groups, blocks in sizes:
             launch = stream(layout, tokens, tile, processors, groups, blocks)
             if blocks * (launch.shared + RESERVED) <= most_shared + RESERVED:
@@ -233,15 +240,15 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         scratch = y.new_empty(arranged + sums + 4 * call.count, dtype=torch.uint8)
         call.y = scratch.data_ptr()
         call.partial, call.flags = call.y + arranged, call.y + arranged + sums
-        _run(_arrange(launch.tile, spans, tiles), call, device)
+        _run(_arrange(launch.tile, layout.pairs, spans, tiles), call, device)
         call.x, call.y = call.y, y.data_ptr()
     _run(launch, call, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _arrange(tile: int, spans: int, tiles: int) -> Launch:
+def _arrange(tile: int, pairs: bool, spans: int, tiles: int) -> Launch:
     """What writes x as `stream` wants it."""
-    return Launch(f"arrange<{tile}>", (-(-spans // 4), tiles * tile // 8), 128, 0, 0, tile)
+    return Launch(f"arrange<{tile},{str(pairs).lower()}>", (-(-spans // 4), tiles * tile // 8), 128, 0, 0, tile)
 
 
 def aligned(tensor: Tensor) -> Tensor:

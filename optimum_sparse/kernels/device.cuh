@@ -43,8 +43,8 @@ __device__ __forceinline__ u32 bit(int number) {  // none for -1
 }
 __device__ __forceinline__ u32 reversed(u32 word) { return __brev(word); }  // the highest bit first becomes the lowest
 
-// Four of the eight bytes of b:a, one for each of the lower four hexadecimal digits of `selector`, all below 8:
-// __byte_perm would spend an instruction on making them so.
+// Four of the eight bytes of b:a, one for each of the lower four hexadecimal digits of `selector`; where a digit has 8 added,
+// the byte's highest bit eight times. (__byte_perm would spend an instruction on taking that off.)
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
   u32 bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));

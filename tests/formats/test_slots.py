@@ -46,8 +46,8 @@ def test_brute_force(sparsity: float):
                 first = [c for c in here if c % 32 < 24][:half]
                 last = [c for c in reversed(here) if c % 32 >= 8][:half]
                 for i in range(half):
-                    assert packed.values[row, word, i] == dense[row, (first + [32 * word] * half)[i]]
-                    assert packed.values[row, word, -1 - i] == dense[row, (last + [32 * word + 31] * half)[i]]
+                    assert packed.values[row, word, i] == dense[row, (first + [32 * word + 31] * half)[i]]
+                    assert packed.values[row, word, -1 - i] == dense[row, (last + [32 * word] * half)[i]]
                 others = sorted({*here} - {*first, *last})
                 assert others == here[half:-half] or half < 8
                 columns += others

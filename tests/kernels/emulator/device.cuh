@@ -167,6 +167,7 @@ inline char* checked(u32 at, u32 bytes) {
 
 inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
 inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
+inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
 inline u32 bit(int number) { return number < 0 ? 0 : 1u << number; }
 inline u32 reversed(u32 word) {
@@ -177,7 +178,10 @@ inline u32 reversed(u32 word) {
 inline u32 permute(u32 a, u32 b, u32 selector) {
   const u64 bytes = (u64)b << 32 | a;
   u32 result = 0;
-  for (int i = 0; i < 4; i++) result |= (u32)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  for (int i = 0; i < 4; i++) {
+    const u32 digit = selector >> 4 * i & 15, byte = bytes >> 8 * (digit & 7) & 255;
+    result |= (digit < 8 ? byte : byte >> 7 ? 255 : 0) << 8 * i;
+  }
   return result;
 }
 inline float __uint_as_float(u32 x) { return *(float*)&x; }

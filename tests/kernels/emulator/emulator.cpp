@@ -16,6 +16,9 @@
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64>)                                                    \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
+#define ARRANGE(PAIRS)                                                                             \
+  ENTRY(arrange<16,PAIRS>) ENTRY(arrange<32,PAIRS>) ENTRY(arrange<64,PAIRS>)                       \
+  ENTRY(arrange<128,PAIRS>) ENTRY(arrange<256,PAIRS>)
 #define PER_TYPE(BF16)                                                                         \
   PER_SLOTS(BF16, 16, false, true) PER_SLOTS(BF16, 16, false, false)                           \
   PER_SLOTS(BF16, 24, false, false) PER_SLOTS(BF16, 16, true, false)                           \
@@ -26,7 +29,7 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   const std::string name = kernel;
   STREAM(true, 16, false, false) STREAM(true, 16, true, false) STREAM(true, 4, true, false)
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
-  ENTRY(arrange<16>) ENTRY(arrange<32>) ENTRY(arrange<64>) ENTRY(arrange<128>) ENTRY(arrange<256>)
+  ARRANGE(true) ARRANGE(false)
   PER_TYPE(true)
   PER_SLOTS(true, 8, true, false) PER_SLOTS(true, 28, true, false)
   PER_TYPE(false)
