@@ -102,6 +102,8 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
             level = score == threshold
             return above | (level & (level.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
     best = score.sort(dim=-1, descending=True, stable=True).indices
+    if isinstance(kept, int):
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best[..., :kept], True)
     keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     return keep.scatter_(-1, best, (torch.arange(n, device=score.device) < kept).expand_as(best))
 

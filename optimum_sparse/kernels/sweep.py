@@ -20,7 +20,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..core.sweep import sweep_block, sweep_block_reference
+from ..core.sweep import sweep_block_reference
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -34,13 +34,15 @@ WARPS = 4
 DEPTH = 32  # columns of E per step of the product in 1
 
 
-@sweep_block.register_kernel("cuda")
 def sweep_block_cuda(columns: Tensor, keep: Tensor, factor: Tensor, kept: int, group: int) -> Tensor:
     """`sweep_block` on CUDA: the kernel where it can, the reference otherwise."""
     if not kernel_takes(columns, factor, group):
         return sweep_block_reference(columns, keep, factor, kept, group)
     with torch.cuda.device(columns.device):  # Triton launches on the current device
         return sweep_block_triton(columns, keep, factor, kept, group)
+
+
+torch.library.impl("optimum_sparse::sweep_block", "CUDA", sweep_block_cuda)
 
 
 def kernel_takes(columns: Tensor, factor: Tensor, group: int) -> bool:
