@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -84,7 +87,8 @@ def fisher(
         real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
         if not torch.isfinite(logits).all():
             raise ValueError(not_finite(_first_not_finite(model, blocks, part), model.dtype))
-        _backward(logits, real, seeds)
+        with _determinism_restored():
+            _backward(logits, real, seeds)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_activations(model))
@@ -194,8 +198,10 @@ def _recomputed(blocks: list[Block], onload: Callable, saving: Callable) -> Call
 
     def make(index: int) -> Callable:
         def onloaded(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            attention = _RepeatableAttention() if hidden.is_cuda else contextlib.nullcontext()
             # The second pass needs the first one's arithmetic, to the bit: a router may choose by the last of them.
-            with onload(blocks[index].module), fast_forward(args[0] if args else kwargs["hidden_states"]):
+            with onload(blocks[index].module), fast_forward(hidden), attention:
                 return forwards[index](*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -205,6 +211,44 @@ def _recomputed(blocks: list[Block], onload: Callable, saving: Callable) -> Call
         return forward
 
     return make
+
+
+class _RepeatableAttention(TorchFunctionMode):
+    """Inside, `scaled_dot_product_attention` on CUDA has a backward pass that gives the same bits every time.
+
+    By default it adds up in any order, and pruning carries a difference in the last bits of a gradient on to one mask
+    bit in ten. PyTorch's switch for this is on during that one step only: it refuses others, every linear layer among
+    them. cuDNN's attention does not know it, and is not taken.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            output = func(*args, **kwargs)
+        step = output.grad_fn
+        while step is not None and step.name().startswith(("Slice", "Alias")):  # what was padded is cut off again
+            step = step.next_functions[0][0]
+        if step is not None and step.name().startswith("ScaledDotProduct"):  # else it is made of several
+            enabled = torch.are_deterministic_algorithms_enabled()
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            output.register_hook(lambda _: torch.use_deterministic_algorithms(True))
+            for x in (*args, *kwargs.values()):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    x.register_hook(lambda _: torch.use_deterministic_algorithms(enabled, warn_only=warn_only))
+        return output
+
+
+@contextlib.contextmanager
+def _determinism_restored() -> Iterator[None]:
+    """Should a backward pass end inside attention, PyTorch's switch is left as it was before."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from optimum_sparse import Pruner
 from optimum_sparse.core import NM, InputStats, Needs, Unstructured, keep_top
 from optimum_sparse.formats import bitmask
+from optimum_sparse.hf.blocks import make_plan
+from optimum_sparse.hf.sensitivity import fisher
 from optimum_sparse.methods import METHODS
 from optimum_sparse.nn import SparseLinear
 
@@ -131,6 +133,24 @@ def test_offloaded_model_computed_on_the_device_equals_one_in_memory():
     for name, tensor in reference.items():
         if ".layers." in name and "proj" in name:
             assert torch.equal(state[name].cpu(), tensor.cpu()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sensitivities_are_the_same_every_time(dtype, padded):
+    """By default attention's backward pass adds up in any order."""
+    model = make_model("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2).to("cuda", dtype)
+    blocks = make_plan(model, make_config("sparsegpt", "2:4")).blocks
+    ids = torch.randint(3, 199, (4, 1024), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if padded:
+        batch["attention_mask"][:, :100] = 0
+    first, *others = (fisher(model, blocks, [batch], 0) for _ in range(6))
+    for other in others:
+        for name, parts in first.tokens.items():
+            assert torch.equal(parts[0], other.tokens[name][0]), name
+        for name, rows in first.rows.items():
+            assert torch.equal(rows, other.rows[name]), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

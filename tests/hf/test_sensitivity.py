@@ -270,6 +270,43 @@ def test_the_second_pass_has_the_arithmetic_of_the_first(bf16: bool, monkeypatch
     assert set(seen) == {(bf16, "bf16" if bf16 else "tf32")}
 
 
+@pytest.mark.parametrize("before", [(False, False), (True, True)])
+def test_attention_alone_is_asked_to_be_repeatable(before: tuple[bool, bool]):
+    """PyTorch's switch is on in the steps of attention's backward pass, and in no other."""
+    asked: dict[bool, list[str]] = {True: [], False: []}
+    try:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        model, ids = make_model("llama"), token_ids(2, 9)
+        expected = torch.autograd.grad(model(ids).logits.square().sum(), list(model.parameters()))
+        with sensitivity._RepeatableAttention():
+            loss = model(ids).logits.square().sum()
+        todo, seen = [loss.grad_fn], set()
+        while todo:
+            step = todo.pop()
+            if step is None or step in seen:
+                continue
+            seen.add(step)
+            todo += [further for further, _ in step.next_functions]
+
+            def note(*_: object, name: str = step.name()) -> None:
+                asked[torch.are_deterministic_algorithms_enabled() and not before[0]].append(name)
+
+            if step.name().startswith("ScaledDotProduct"):
+                step.register_hook(note)
+            else:
+                step.register_prehook(note)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        left = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert left == before
+    assert all(torch.equal(gradient, other) for gradient, other in zip(found, expected, strict=True))
+    if not before[0]:
+        assert len(asked[True]) == len(model.model.layers)
+        assert all(name.startswith("ScaledDotProduct") for name in asked[True])
+        assert len(asked[False]) > 20
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_rows_of_experts(architecture: str, monkeypatch):
     """Against a plain backward pass through the experts taken apart; one sequence per batch."""
