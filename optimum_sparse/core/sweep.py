@@ -5,7 +5,7 @@ factor: with G = mean x x^T + damping, the paper's `Cholesky(H^-1)^T` is `U` her
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -111,7 +111,6 @@ def column_sweep(
         widths: of the blocks, if they are not all `block_size` wide.
     """
     columns = weight.T.contiguous().clone()  # [in, out]: a column of the weight is one contiguous row
-    keep = torch.empty_like(columns, dtype=torch.bool)
     width, rows = columns.shape
     kept, group = (pattern.kept, pattern.group) if isinstance(pattern, NM) else (0, 0)
     if isinstance(pattern, NM):
@@ -119,20 +118,24 @@ def column_sweep(
         block_size = max(block_size // group, 1) * group
     if widths is None:
         widths = [min(block_size, width - start) for start in range(0, width, block_size)]
-    bounds = [0, *accumulate(widths)]
-    scale, errors = factor.diagonal()[:, None], torch.empty_like(columns)
-    for number, (start, stop) in enumerate(pairwise(bounds), 1):
-        block = slice(start, stop)
-        if not isinstance(pattern, NM):
-            score = (columns[block] / scale[block]).square()
+    bounds, masks, errors = [0, *accumulate(widths)], [], []
+    # A GPU is through with a block as soon as Python: hence few calls.
+    blocks = zip(columns.split(widths), factor.diagonal()[:, None].split(widths), strict=True)
+    for number, (block, scale) in enumerate(blocks, 1):
+        start, stop = bounds[number - 1], bounds[number]
+        if isinstance(pattern, NM):
+            keep = torch.empty_like(block, dtype=torch.bool)
+        else:
             count = pattern.kept(rows * stop) - pattern.kept(rows * start)  # exact over the whole matrix
-            keep[block] = keep_top(score.view(1, -1), count).view_as(score)
-        errors[block] = sweep_block(columns[block], keep[block], factor[block, block], kept, group)
+            keep = keep_top((block / scale).square_().view(1, -1), count).view_as(block)
+        masks.append(keep)
+        errors.append(sweep_block(block, keep, factor[start:stop, start:stop], kept, group))
         half = number & -number  # blocks in the left half that ends here: the largest power of 2 that divides `number`
-        left = slice(bounds[number - half], stop)
-        right = slice(stop, bounds[min(number + half, len(widths))])
-        columns[right].addmm_(factor[left, right].T, errors[left], alpha=-1)
-    del errors  # as large as what is made now
+        first, end = bounds[number - half], bounds[min(number + half, len(widths))]
+        left = errors[-1] if half == 1 else torch.cat(errors[-half:])
+        columns[stop:end].addmm_(factor[first:stop, stop:end].T, left, alpha=-1)
+    del errors, left  # larger than what is made now
+    keep = torch.cat(masks)
     columns *= keep
     return Solved(columns.T.contiguous(), keep.T.contiguous())
 
