@@ -32,7 +32,7 @@ SLOTS = (4, 8, 12, 16, 20, 24, 28, 32)
 NEAR = 24  # columns of a word that each half of its slots can have values of
 ROWS, SPAN = 8, 128  # of which kernels read the starts at a time
 MOST_COLUMNS, MOST_ENTRIES = 2**16, 2**31 - 1  # what 16 and 31 bits can number
-CHUNK = 2**24  # weights that are moved at a time: what the indices of this take is some hundred MB
+CHUNK = 2**23  # weights that are moved at a time: what the indices of this take is some hundred MB
 
 
 class Slots(NamedTuple):

@@ -14,7 +14,8 @@
 //
 // The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list: OVERFLOW.
 // For 4:8, 8:16 and the like that is the disk format, for nothing is left over. Whatever bits and columns a
-// damaged W holds, kernels touch no memory but its own; `starts` are made by this package, and trusted.
+// damaged W holds, kernels touch no memory but its own, though y may be anything then; `starts` are made by this package, and
+// trusted.
 
 #include <device.cuh>
 
@@ -77,7 +78,7 @@ __device__ __forceinline__ u32 bits_left(u32 left) { return (u32)(__uint_as_floa
 // Of 16 bits or more the upper half is among the upper 24, and the lower half among the lower 24. With OVERFLOW slots have values
 // of these alone.
 template <int SLOTS, bool OVERFLOW>
-constexpr bool FLOAT = OVERFLOW || SLOTS >= 16;
+constexpr bool BY_FLOAT = OVERFLOW || SLOTS >= 16;
 
 // ---- gather
 
@@ -225,17 +226,17 @@ __global__ void __launch_bounds__(1024) gather(const Call call) {
     fetch_entries();
     if (at < words) {  // a branch, before which the compiler has to ask for the next words
       auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
-      constexpr bool BOTH = FLOAT<SLOTS, OVERFLOW>;  // ends are where walks begin
-      constexpr int HALF = BOTH ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16;  // to a column's bytes
-      u32 left = walk<BOTH, 1>(bits_now);
+      constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;  // from both ends
+      constexpr int HALF = FLOAT ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16;  // to a column's bytes
+      u32 left = walk<FLOAT, 1>(bits_now);
 #pragma unroll
       for (int i = SLOTS - 1; i >= HALF; i--)
-        add<TOKENS>(value(i), below + (next_bit<BOTH, 1>(left) >> SHIFT), sum);
+        add<TOKENS>(value(i), below + (next_bit<FLOAT, 1>(left) >> SHIFT), sum);
       if (OVERFLOW) bits_now = bits_left(left) | bits_now & 0xff;  // some are in both halves
-      left = walk<BOTH, 1>(reversed(bits_now));
+      left = walk<FLOAT, 1>(reversed(bits_now));
 #pragma unroll
       for (int i = 0; i < HALF; i++)
-        add<TOKENS>(value(i), above - (next_bit<BOTH, 1>(left) >> SHIFT), sum);
+        add<TOKENS>(value(i), above - (next_bit<FLOAT, 1>(left) >> SHIFT), sum);
     }
     if constexpr (OVERFLOW) {
       auto add_entry = [&](u32 entry) {
@@ -275,9 +276,10 @@ struct Words {
   static constexpr int PIECE = SLOTS % 8 ? 8 : 16, PIECES = 8 * SLOTS / PIECE;  // bytes; of a row
   static constexpr int MASK = 8 * ROWS * SLOTS, EXTRA = MASK + 4 * LANES, ROOM = EXTRA + (OVERFLOW ? 20 * LANES : 0);
 
-  // Where a piece of a tile is in its room. What is one line of 128 bytes in W is one line here, or to copy it takes more than
-  // twice as long; in a line, pieces change places so that those that lanes read at the same time have banks of their own.
-  static __device__ __forceinline__ u32 place(int piece) {
+  // Where a piece of a tile is in its room: in order, so that (of 16 and 32 slots) what is one line of 128 bytes in W is one
+  // line here, or to copy it takes more than twice as long. In a line, pieces change places so that those that lanes read at the
+  // same time have banks of their own; of other numbers of slots they have that in order.
+  static __device__ __forceinline__ u32 in_room(int piece) {
     constexpr int WORD = PIECES / 4, EVEN = (WORD & -WORD) - 1;
     return PIECE * (piece ^ piece >> 3 & EVEN);
   }
@@ -292,10 +294,10 @@ struct Words {
       for (int i = 0; i < PIECES / 4; i++) {
         const int piece = LANES * i + lane;
         from[i] = piece / PIECES * words * (2 * SLOTS) + piece % PIECES * PIECE;
-        taken[i] = place(PIECES / 4 * lane + i);
+        taken[i] = in_room(PIECES / 4 * lane + i);
       }
       mask = (lane / 4 * words + lane % 4) * 4;
-      to = place(lane);  // of the first piece; others are PIECE * LANES behind one another
+      to = in_room(lane);  // of the first piece; others are PIECE * LANES behind one another
     }
   };
 
@@ -360,7 +362,7 @@ struct Words {
 __device__ __forceinline__ u32 inside(int column) { return column << 7 & 0x780 | column >> 3 & 2; }  // of a word
 // The address of a column, whose number is at bit 23, in a word at `own`; with `own ^ inside(31)`, of 31 minus that. Any number
 // is safe.
-__device__ __forceinline__ u32 cell(u32 number, u32 own) { return __umulhi(number, (128 << 9) + (1 << 6)) & 0x782 ^ own; }
+__device__ __forceinline__ u32 cell(u32 number, u32 own) { return and_xor(__umulhi(number, (128 << 9) + (1 << 6)), 0x782, own); }
 
 // Pair t of a lane's word at `own`. A selector's digits from 8 on are a byte's highest bit, eight times.
 __device__ __forceinline__ u32 read_pair(u32 bits, u32 own, int t) {
@@ -377,22 +379,22 @@ __device__ __forceinline__ void reorder(u32 (&pairs)[16]) {
 
 // A warp writes its words of N tiles, the `groups`th eight rows of a span, to `tiles`, whose addresses TILE divides. A word is
 // walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds no bit, it
-// writes to column 0 or 31, and the value is what belongs there: see formats/slots.py.
+// writes to column 0 (from the highest bit down) or 31, and the value is what belongs there: see formats/slots.py. Without
+// OVERFLOW each lane's cells are its own, before and after.
 template <int N, int SLOTS, bool OVERFLOW>
 __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const int (&groups)[N],
                                        int span, const u32 (&tiles)[N]) {
   const int lane = threadIdx.x % LANES;
-  constexpr bool BITS = FLOAT<SLOTS, OVERFLOW>;
+  constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;
   u32 down[N], up[N];
 #pragma unroll
-  for (int k = 0; k < N; k++) down[k] = walk<BITS, 128>(words[k].bits), up[k] = walk<BITS, 128>(reversed(words[k].bits));
-  __syncwarp();  // tiles have been read
+  for (int k = 0; k < N; k++) down[k] = walk<FLOAT, 128>(words[k].bits), up[k] = walk<FLOAT, 128>(reversed(words[k].bits));
   auto half = [&](u32 pair, int i) { return i % 2 ? pair >> 16 : pair; };
 #pragma unroll
   for (int n = 0; n < SLOTS / 2; n++)
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const u32 last = next_bit<BITS, 128>(down[k]), first = next_bit<BITS, 128>(up[k]), own = tiles[k] | 4 * lane;
+      const u32 last = next_bit<FLOAT, 128>(down[k]), first = next_bit<FLOAT, 128>(up[k]), own = tiles[k] | 4 * lane;
       constexpr int LAST = SLOTS - 1;
       store2(cell(last, own), half(words[k].values[(LAST - n) / 2], LAST - n));
       store2(cell(first, own ^ inside(31)), half(words[k].values[n / 2], n));
@@ -411,8 +413,8 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
 #pragma unroll 1
       for (int i = 4 * ENTRIES + lane % 4; i < words[k].count; i += 4) put(load_once(w.overflow + begin + i));
     }
+    __syncwarp();
   }
-  __syncwarp();
 }
 
 // Two values in four columns have six arrangements. A table of 16 at an address that 128 divides has, for the bits of four

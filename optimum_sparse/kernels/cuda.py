@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,15 +101,17 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
     several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
-    rounds = layout.in_features / slots.SPAN / 16  # of columns, for the warps of `multiply`
-    slow = (rounds > 1 and rounds / -(-rounds // 1) < 0.9) or (layout.overflow and _is_large(layout))
+    most_warps = 8 if several else 16
+    rounds = -(-layout.in_features // slots.SPAN) / most_warps  # of columns, in `multiply`
+    slow = (rounds > 1 and rounds / math.ceil(rounds) < 0.9) or (layout.overflow and _is_large(layout))
     launches: list[Launch] = []
     if tokens <= (4 if not layout.pairs else 0 if _is_large(layout) else 2):
         launches.append(gather(layout, tokens, (processors, most_shared)))
     elif hopper and (tokens > 8 or (tokens > 4 and slow)):
         launches += streams(layout, tokens, (processors, most_shared))
-    for warps in (8, 6, 4, 2) if several else (16, 12, 8, 4, 2):
-        launches.append(multiply(layout, tokens, processors * (2 if several else 1), warps))
+    for warps in (16, 12, 8, 6, 4, 2):
+        if warps <= most_warps:
+            launches.append(multiply(layout, tokens, processors * (2 if several else 1), warps))
     return next((launch for launch in launches if launch.shared <= most_shared), None)
 
 

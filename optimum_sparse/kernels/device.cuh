@@ -16,20 +16,6 @@ constexpr u32 ALL = 0xffffffff;
 
 // ---- bits and numbers
 
-// Zeros above the highest bit; -1 if there is no bit.
-__device__ __forceinline__ int leading_zeros(u32 word) {
-  int zeros;
-  asm("bfind.shiftamt.u32 %0, %1;" : "=r"(zeros) : "r"(word));
-  return zeros;
-}
-
-// The bit that has so many zeros above it; none for -1: shifts end at 32 here, and C++ does not say so.
-__device__ __forceinline__ u32 bit_after(int zeros) {
-  u32 bit;
-  asm("shr.u32 %0, %1, %2;" : "=r"(bit) : "r"(0x80000000), "r"(zeros));
-  return bit;
-}
-
 // The number of the highest bit, and -1 if there is no bit.
 __device__ __forceinline__ int highest_bit(u32 word) {
   int number;
@@ -49,6 +35,13 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
   u32 bytes;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
   return bytes;
+}
+
+// a & mask ^ b, in one instruction: the compiler finds two where it sees that `mask` and b have no bit in common.
+__device__ __forceinline__ u32 and_xor(u32 a, u32 mask, u32 b) {
+  u32 result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(a), "r"(mask), "r"(b));
+  return result;
 }
 
 template <bool BF16>
@@ -108,9 +101,6 @@ __device__ __forceinline__ void store2(u32 at, u16 x) {
 }
 __device__ __forceinline__ void store8(u32 at, u32 x, u32 y) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ void store16(u32 at, uint4 x) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 __device__ __forceinline__ void store4(u32 at, u32 x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");

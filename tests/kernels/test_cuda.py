@@ -108,6 +108,29 @@ def test_against_float64(pattern: Pattern, dtype: torch.dtype, launched: list):
     assert cuda.plan(matrix.layout, 65, 0) is None
 
 
+@pytest.mark.parametrize(
+    "pattern", [*map(Unstructured, (0.03, 0.5, 0.95)), NM(2, 4), NM(16, 32), NM(3, 4), NM(1, 4)], ids=str
+)
+def test_what_is_not_finite_stays_where_it_is(pattern: Pattern):
+    """Not in what W does not keep beside it, which shared memory has no zeros for. (`gather` multiplies by zero.)"""
+    weight = sparse((37, 224), pattern, torch.bfloat16) + 0.0  # no negative zeros
+    kept = weight.nonzero()
+    for number, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+        rows, columns = kept[number::97].T
+        weight[rows, columns] = value
+    weight[::2] = weight[::2].nan_to_num(1.0, 2.0, 3.0)
+    matrix = compress(weight, pattern)
+    assert torch.equal(cuda.expand(matrix).view(torch.int16), weight.view(torch.int16))
+    launches = [cuda.multiply(matrix.layout, 8, 3, 8)]
+    if matrix.layout.slots == 16:
+        launches.append(cuda.stream(matrix.layout, 16, 16, 3))
+    for launch in launches:
+        x = 1 + random_weight(launch.tile or 8, 224).abs().bfloat16()
+        y = cuda.linear(launch, x, matrix, None)
+        assert torch.equal(y.isfinite(), F.linear(x.double(), weight.double()).isfinite())
+        assert y[:, ::2].isfinite().all()
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), NM(3, 6), Unstructured(0.5)], ids=str)
 def test_a_layer_from_the_op_to_the_kernel(
     pattern: Pattern, monkeypatch: pytest.MonkeyPatch, launched: list[cuda.Launch]

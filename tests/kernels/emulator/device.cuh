@@ -1,5 +1,6 @@
-// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and a block's fibers take turns at barriers. Copies land and products are made when they are waited for, not before; accesses of shared memory by address
-// are checked.
+// The package's device.cuh for a CPU: a thread of the GPU is a fiber, and a block's fibers take turns at barriers. Copies land
+// and products are made when they are waited for, not before; accesses of shared memory by address are checked, and what was
+// never written there is NaN.
 #pragma once
 
 #include <ucontext.h>
@@ -124,7 +125,7 @@ inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, st
     for (blockIdx.x = 0; blockIdx.x < blocks_x; blockIdx.x++) {
       Block here;
       block = &here;
-      here.shared.assign(shared_bytes + 16, (char)0xaa);
+      here.shared.assign(shared_bytes + 16, (char)0xff);
       here.fibers = std::vector<Fiber>(threads);
       here.warps = std::vector<Warp>(threads / LANES);
       here.all = {threads};
@@ -165,8 +166,7 @@ inline char* checked(u32 at, u32 bytes) {
   return shared_memory() + at;
 }
 
-inline int leading_zeros(u32 word) { return word ? __builtin_clz(word) : -1; }
-inline u32 bit_after(int zeros) { return zeros < 0 ? 0 : 0x80000000u >> zeros; }
+inline u32 and_xor(u32 a, u32 mask, u32 b) { return a & mask ^ b; }
 inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
 inline u32 bit(int number) { return number < 0 ? 0 : 1u << number; }
@@ -234,7 +234,6 @@ inline void store8(u32 at, u32 x, u32 y) {
   std::memcpy(checked(at, 8), &x, 4);
   std::memcpy(checked(at, 8) + 4, &y, 4);
 }
-inline void store16(u32 at, uint4 x) { std::memcpy(checked(at, 16), &x, 16); }
 inline void store4(u32 at, u32 x) { std::memcpy(checked(at, 4), &x, 4); }
 inline u32 load4(u32 at) {
   u32 x;
@@ -254,7 +253,7 @@ inline uint4 load16(u32 at) {
 template <int BYTES>
 inline void copy(u32 to, const void* from, bool there = true) {
   if ((uintptr_t)from % BYTES) fail("misaligned copy");
-  std::memset(checked(to, BYTES), 0xaa, BYTES);  // what was there is lost from now on
+  std::memset(checked(to, BYTES), 0xff, BYTES);  // what was there is lost from now on
   self().copies.back().push_back({to, there ? from : nullptr, BYTES});
 }
 inline void commit_copies() { self().copies.emplace_back(); }

@@ -32,6 +32,7 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   ARRANGE(true) ARRANGE(false)
   PER_TYPE(true)
   PER_SLOTS(true, 8, true, false) PER_SLOTS(true, 28, true, false)
+  PER_SLOTS(true, 8, false, false) PER_SLOTS(true, 32, true, false)
   PER_TYPE(false)
   return false;
 }
