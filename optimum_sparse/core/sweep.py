@@ -86,6 +86,7 @@ def _remedy(matrix: Tensor, mean: Tensor, damping: float) -> str:
     return f"no damping up to {larger:g} works, so look for inputs of extreme size,"
 
 
+@torch.no_grad()
 def column_sweep(
     weight: Tensor,
     factor: Tensor,
@@ -132,10 +133,12 @@ def column_sweep(
         errors.append(sweep_block(block, keep, factor[start:stop, start:stop], kept, group))
         half = number & -number  # blocks in the left half that ends here: the largest power of 2 that divides `number`
         first, end = bounds[number - half], bounds[min(number + half, len(widths))]
-        left = errors[-1] if half == 1 else torch.cat(errors[-half:])
-        columns[stop:end].addmm_(factor[first:stop, stop:end].T, left, alpha=-1)
-    del errors, left  # larger than what is made now
-    keep = torch.cat(masks)
+        if stop < end:
+            left = errors[-1] if half == 1 else torch.cat(errors[-half:])
+            columns[stop:end].addmm_(factor[first:stop, stop:end].T, left, alpha=-1)
+            del left  # as large as half of the matrix
+    del errors
+    keep = torch.cat([columns[:0].bool(), *masks])
     columns *= keep
     return Solved(columns.T.contiguous(), keep.T.contiguous())
 

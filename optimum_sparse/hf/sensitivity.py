@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm.auto import tqdm
@@ -199,9 +198,8 @@ def _recomputed(blocks: list[Block], onload: Callable, saving: Callable) -> Call
     def make(index: int) -> Callable:
         def onloaded(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            attention = _RepeatableAttention() if hidden.is_cuda else contextlib.nullcontext()
             # The second pass needs the first one's arithmetic, to the bit: a router may choose by the last of them.
-            with onload(blocks[index].module), fast_forward(hidden), attention:
+            with onload(blocks[index].module), fast_forward(hidden), _RepeatableAttention():
                 return forwards[index](*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -222,33 +220,42 @@ class _RepeatableAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            output = func(*args, **kwargs)
+            return func(*args, **kwargs or {})
+        with _without_cudnn():
+            output = func(*args, **kwargs or {})
         step = output.grad_fn
         while step is not None and step.name().startswith(("Slice", "Alias")):  # what was padded is cut off again
             step = step.next_functions[0][0]
-        if step is not None and step.name().startswith("ScaledDotProduct"):  # else it is made of several
-            enabled = torch.are_deterministic_algorithms_enabled()
-            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-            output.register_hook(lambda _: torch.use_deterministic_algorithms(True))
-            for x in (*args, *kwargs.values()):
-                if isinstance(x, Tensor) and x.requires_grad:
-                    x.register_hook(lambda _: torch.use_deterministic_algorithms(enabled, warn_only=warn_only))
+        if step is not None and step.name().startswith(("ScaledDotProductFlash", "ScaledDotProductEfficient")):
+            mode = torch.get_deterministic_debug_mode()
+            step.register_prehook(lambda *_: torch.set_deterministic_debug_mode("error"))
+            step.register_hook(lambda *_: torch.set_deterministic_debug_mode(mode))
         return output
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Attention by another of the kernels that are enabled, if one is."""
+    of = torch.backends.cuda
+    enabled = of.cudnn_sdp_enabled()
+    of.enable_cudnn_sdp(
+        enabled and not (of.flash_sdp_enabled() or of.mem_efficient_sdp_enabled() or of.math_sdp_enabled())
+    )
+    try:
+        yield
+    finally:
+        of.enable_cudnn_sdp(enabled)
 
 
 @contextlib.contextmanager
 def _determinism_restored() -> Iterator[None]:
     """Should a backward pass end inside attention, PyTorch's switch is left as it was before."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ import contextlib
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -104,33 +105,53 @@ class Layouts:
 
     def find(self, block: Block, index: int, calls: Calls) -> Layout:
         """As `find_layout`. All processes know the same layouts, and so meet in it or not."""
-        structure = _structure(block)
+        numbered = len({_kind(linear.name) for linear in block.linears}) < len(block.linears)
+        if numbered or any(linear.expert is not None for linear in block.linears):
+            return find_layout(block, index, calls)
+        structure = _structure(block, index, calls)
         if structure in self._known:
             linears, layout = self._known[structure]
             return layout.of({known.name: linear for known, linear in zip(linears, block.linears, strict=True)})
         layout = find_layout(block, index, calls)
-        numbered = len({_kind(linear.name) for linear in block.linears}) < len(block.linears)
-        if layout.once and not numbered and all(linear.expert is None for linear in block.linears):
+        if layout.once:
             self._known[structure] = block.linears, layout
         return layout
 
 
-def _structure(block: Block) -> Hashable:
-    """The same for blocks that call their linears in the same way: what modules they have, by name and type, and which
-    of these are pruned.
+def _structure(block: Block, index: int, calls: Calls) -> Hashable:
+    """The same for blocks that call their linears in the same way: what modules and parameters they have, which of the
+    linears are pruned, and what the block is called with.
 
-    A module's booleans, strings and functions count, which may choose a way through the forward pass
-    (`is_kv_shared_layer`, "sliding_attention"); of its other attributes only the types, or a layer's number would.
+    Attributes and arguments count that may choose a way through the forward pass (`is_kv_shared_layer`,
+    "sliding_attention", a state that only some blocks are given); a number of the block's own does not.
     """
-    modules = tuple(
-        (name, type(module), *((key, _switch(value)) for key, value in vars(module).items()))
+    hidden = calls.hidden[0]
+    args, kwargs = calls.arguments[index][0]
+    called = [(name, value is hidden, _switch(value)) for name, value in (*enumerate(args), *kwargs.items())]
+    modules = [
+        (
+            name,
+            type(module),
+            *(
+                (key, _switch(value))
+                for key, value in vars(module).items()
+                if not key.endswith(("idx", "id", "index"))
+            ),
+            *(key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None),
+        )
         for name, module in block.module.named_modules()
-    )
-    return modules, tuple((linear.name.removeprefix(block.name), linear.shape) for linear in block.linears)
+    ]
+    return tuple(modules), tuple(called), tuple(linear.name.removeprefix(block.name) for linear in block.linears)
 
 
 def _switch(value: Any) -> Any:
-    return value if isinstance(value, bool | str | FunctionType) else type(value)
+    """What chooses a way, itself; of all else the type."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_switch, value))
+    if isinstance(value, MethodType):
+        return value.__func__
+    chooses = value is None or isinstance(value, bool | int | float | str | Enum | FunctionType)
+    return value if chooses else type(value)
 
 
 def _kind(name: str) -> str:

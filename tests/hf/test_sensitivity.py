@@ -291,10 +291,7 @@ def test_attention_alone_is_asked_to_be_repeatable(before: tuple[bool, bool]):
             def note(*_: object, name: str = step.name()) -> None:
                 asked[torch.are_deterministic_algorithms_enabled() and not before[0]].append(name)
 
-            if step.name().startswith("ScaledDotProduct"):
-                step.register_hook(note)
-            else:
-                step.register_prehook(note)
+            step.register_prehook(note)
         found = torch.autograd.grad(loss, list(model.parameters()))
         left = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     finally:

@@ -326,7 +326,14 @@ CASES = {
     "a function": ([Written(in_order), Written(out_of_order), Written(in_order), Written(out_of_order)], [0, 1]),
     "a boolean": ([switched(True), switched(False), switched(True), switched(False)], [0, 1]),
     "a string": ([switched("one"), switched("other"), switched("one"), switched("other")], [0, 1]),
-    "a number": ([switched(True, number=0), switched(True, number=1), switched(True, number=None)], [0, 2]),
+    "a number": ([switched(True, number=number) for number in (1, 2, 1, 2.5)], [0, 1, 3]),
+    "its own number": ([switched(True, layer_idx=number) for number in range(3)], [0]),
+    "numbers": ([switched(True, kinds=kinds) for kinds in ((0, 1), [0, 1], (1, 0))], [0, 2]),
+    "a method": (
+        [switched(True, way=way) for way in (Decoder().forward, Decoder().forward, Attention().forward)],
+        [0, 2],
+    ),
+    "a parameter": ([switched(True, scale=scale) for scale in (None, nn.Parameter(torch.ones(1)), None)], [0, 1]),
     "not all called": ([Written(lambda m, x: m.a(x))] * 3, [0, 1, 2]),
     "one called twice": ([Written(lambda m, x: in_order(m, m.a(x)))] * 3, [0, 1, 2]),
     "numbered": ([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))] * 3, [0]),
@@ -338,6 +345,27 @@ CASES = {
 def test_blocks_of_the_same_structure_are_looked_at_once(case: str, monkeypatch):
     modules, expected = CASES[case]
     assert looked_at(blocks_of(modules), calls_of(tokens_of(), len(modules)), monkeypatch) == expected
+
+
+def test_blocks_must_be_called_alike(monkeypatch):
+    """The first is given its own input a second time, so that two linears share it."""
+
+    class Injected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.inject, self.b = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: Tensor, first: Tensor, gate: bool | None = None) -> Tensor:
+            return x + self.b(torch.tanh(self.a(x if gate is None else x + 1) + self.inject(first)))
+
+    batches = tokens_of()
+    calls = calls_of(batches, 5)
+    other = [torch.ones_like(x) for x in batches]
+    for index, (given, gate) in enumerate(
+        [(batches, None), (other, None), (other, None), (other, True), (other, True)]
+    ):
+        calls.arguments[index] = [((x,), {"gate": gate}) for x in given]
+    assert looked_at(blocks_of([Injected() for _ in range(5)]), calls, monkeypatch) == [0, 1, 3]
 
 
 def test_the_same_linears_must_be_pruned(monkeypatch):
