@@ -117,6 +117,14 @@ def sweep_at_once(weight: Tensor, factor: Tensor, pattern: Pattern, widths: list
     return weight, keep
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 8), (3, 8)])
+def test_a_matrix_of_nothing_and_one_that_is_trained(pattern: Pattern, shape: tuple[int, int]):
+    solved = column_sweep(torch.randn(shape, requires_grad=True), torch.eye(shape[1]), pattern)
+    assert solved.weight.shape == solved.keep.shape == shape
+    assert not solved.weight.requires_grad
+
+
 # ---- sweep_block
 
 
