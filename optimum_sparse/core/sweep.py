@@ -138,7 +138,7 @@ def column_sweep(
             columns[stop:end].addmm_(factor[first:stop, stop:end].T, left, alpha=-1)
             del left  # as large as half of the matrix
     del errors
-    keep = torch.cat([columns[:0].bool(), *masks])
+    keep = torch.cat([columns[:0].bool(), *masks])  # there may be no block
     columns *= keep
     return Solved(columns.T.contiguous(), keep.T.contiguous())
 

@@ -132,11 +132,7 @@ def _structure(block: Block, index: int, calls: Calls) -> Hashable:
         (
             name,
             type(module),
-            *(
-                (key, _switch(value))
-                for key, value in vars(module).items()
-                if not key.endswith(("idx", "id", "index"))
-            ),
+            *((key, int if key.endswith(("_idx", "_id")) else _switch(value)) for key, value in vars(module).items()),
             *(key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None),
         )
         for name, module in block.module.named_modules()

@@ -324,6 +324,7 @@ CASES = {
     "mixed": ([Decoder(), Attention(), Decoder(), Decoder(inner=32), Attention(), Decoder(inner=32)], [0, 1, 3]),
     "one inside another": ([Attention(), nn.Sequential(Attention()), Attention()], [0, 1]),
     "a function": ([Written(in_order), Written(out_of_order), Written(in_order), Written(out_of_order)], [0, 1]),
+    "a boolean of another name": ([switched(True, is_hybrid=hybrid) for hybrid in (True, False, True)], [0, 1]),
     "a boolean": ([switched(True), switched(False), switched(True), switched(False)], [0, 1]),
     "a string": ([switched("one"), switched("other"), switched("one"), switched("other")], [0, 1]),
     "a number": ([switched(True, number=number) for number in (1, 2, 1, 2.5)], [0, 1, 3]),
