@@ -35,8 +35,8 @@ struct Call {
   int tokens;
   int each, rest;  // how much of the work a block has: the first `rest` blocks have one more. Part of what, kernels say
   // What follows is for `stream` only.
-  int count;       // of flags
-  int* flags;      // [blocks, GROUPS], cleared by `arrange`
+  u32 steps;       // a span of a tile of y each; times blocks that is less than 2^32
+  int* flags;      // [blocks, GROUPS], all 0 before and after
   float* partial;  // [blocks, GROUPS, ...]
 };
 __device__ __forceinline__ int first_of(const Call& call, int block) { return block * call.each + min(block, call.rest); }
@@ -47,8 +47,8 @@ __device__ __forceinline__ const int* start_of(const Matrix& w, int row, int spa
 }
 
 // A kernel begins when the one before ends on some processors (see `_config` in cuda.py), and waits for its results before
-// it reads anything; `stream` says why it need not for W. Until then memory would be idle: `gather` and `multiply` fetch
-// their first weights to L2, so many steps or pairs of tiles a warp.
+// it reads anything; `stream` says when it need not for W. Until then memory would be idle: all fetch their first weights to
+// L2, so many steps or pairs of tiles a warp.
 constexpr int EARLY = 2;
 
 // ---- the bits of a word, from the highest down
@@ -433,9 +433,24 @@ __device__ __forceinline__ uint2 four_columns(const Words<16, false>& word, int 
   return pairs;
 }
 
+// Of 8 tokens, from the `first` on, the columns of a span: a lane gets word lane % 4 of token lane / 4, as tensor cores want it.
+template <bool PAIRS>
+__device__ __forceinline__ void load_x(u32 (&x)[16], const Call& call, int first, int span) {
+  const int lane = threadIdx.x % LANES, token = first + lane / 4, column = SPAN * span + lane % 4 * 32;
+  const bool there = token < call.tokens && column < call.w.columns;
+  const uint4* from = (const uint4*)(call.x + (i64)token * call.w.columns + column);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint4 four = there ? load(from + i) : make_uint4(0, 0, 0, 0);
+    x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
+  }
+  if (!PAIRS) reorder(x);
+}
+
 // ---- multiply
 
-// A block has some rows, 8 at a time, and its warps share out the columns. A warp keeps 128 columns of x in registers, and
+// A block has some rows, 8 at a time, and its warps share out the columns. (Blocks of a cluster do so together: each reads less of
+// x, which of 8 tokens has half as many bytes as the rows that a processor has of 4,096.) A warp keeps 128 columns of x in registers, and
 // takes those of two tiles at a time, which are 16 rows, through up to PASS groups of rows. What bounds this kernel is the
 // number of its instructions.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int TOKEN_TILES>
@@ -446,7 +461,8 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0), warps = blockDim.x / LANES;
   const int spans = (w.columns + SPAN - 1) / SPAN;
-  const int first = first_of(call, blockIdx.x), last = first_of(call, blockIdx.x + 1);
+  const int cluster = blocks_of_cluster(), rank = rank_in_cluster(), parts = cluster * warps, part = rank * warps + warp;
+  const int first = first_of(call, blockIdx.x / cluster), last = first_of(call, blockIdx.x / cluster + 1);
   const int passes = (last - first + PASS - 1) / PASS, size = ((last - first + passes - 1) / passes + 1) / 2 * 2;
   const int first_token = blockIdx.y * 8 * TOKEN_TILES;
   const u32 sums = (address(memory) + TILE - 1) / TILE * TILE, tiles = sums + warp * 2 * TILE;  // one or the other
@@ -474,14 +490,14 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
   };
   let_next_kernel_begin();
 #pragma unroll
-  for (int i = 0, unit = 0, span = warp; i < EARLY; i++) {
+  for (int i = 0, unit = 0, span = part; i < EARLY; i++) {
     Word::prefetch_tile(w, first + 2 * unit, span, last), Word::prefetch_tile(w, first + 2 * unit + 1, span, last);
-    if (2 * ++unit >= size) unit = 0, span += warps;
+    if (2 * ++unit >= size) unit = 0, span += parts;
   }
   wait_for_kernel_before();
 #pragma unroll
-  for (int unit = 0; unit < AHEAD; unit++) seek(unit, first, warp), ask(unit, first, warp);
-  seek(AHEAD, first, warp);
+  for (int unit = 0; unit < AHEAD; unit++) seek(unit, first, part), ask(unit, first, part);
+  seek(AHEAD, first, part);
   if (PAIRS) {
     write_selectors(table);
     __syncthreads();
@@ -490,23 +506,12 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
   for (int pass = first; pass < last; pass += size) {
     const int count = min(size, last - pass);
     float sum[UNITS][TOKEN_TILES][4] = {};
-    for (int span = warp; span < spans; span += warps) {
-      const bool more = span + warps < spans;
-      const int next_pass = more ? pass : pass + size, next_span = more ? span + warps : warp;
-      const int column = SPAN * span + lane % 4 * 32;
+    for (int span = part; span < spans; span += parts) {
+      const bool more = span + parts < spans;
+      const int next_pass = more ? pass : pass + size, next_span = more ? span + parts : part;
       u32 x[TOKEN_TILES][16];
 #pragma unroll
-      for (int k = 0; k < TOKEN_TILES; k++) {
-        const int token = first_token + 8 * k + lane / 4;
-        const uint4* from = (const uint4*)(call.x + (i64)token * w.columns + column);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const bool there = token < call.tokens && column < w.columns;
-          const uint4 four = there ? load(from + j) : make_uint4(0, 0, 0, 0);
-          x[k][4 * j] = four.x, x[k][4 * j + 1] = four.y, x[k][4 * j + 2] = four.z, x[k][4 * j + 3] = four.w;
-        }
-        if (!PAIRS) reorder(x[k]);
-      }
+      for (int k = 0; k < TOKEN_TILES; k++) load_x<PAIRS>(x[k], call, first_token + 8 * k, span);
 #pragma unroll
       for (int unit = 0; unit < UNITS; unit++) {
         Word words[2];
@@ -547,17 +552,24 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
       ((float4*)all)[(warp * UNITS * TOKEN_TILES + i) * LANES + lane] = make_float4(mine[0], mine[1], mine[2], mine[3]);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < (count + 1) / 2 * EACH; i += blockDim.x) {
+    const int here = (count + 1) / 2 * EACH;
+    for (int i = threadIdx.x; i < here; i += blockDim.x) {
+      float total = 0;
+#pragma unroll 4
+      for (int other = 0; other < warps; other++) total += all[other * UNITS * EACH + i];
+      all[i] = total;
+    }
+    meet_cluster(cluster);
+    for (int i = rank * blockDim.x + threadIdx.x; i < here; i += cluster * blockDim.x) {
       const int unit = i / EACH, tile = i / (4 * LANES) % TOKEN_TILES, at = i / 4 % LANES, c = i % 4;
       const int token = first_token + 8 * tile + at % 4 * 2 + c % 2, group = pass + 2 * unit + c / 2;
       const int row = ROWS * group + at / 4;
       if (group >= last || row >= w.rows || token >= call.tokens) continue;
       float total = call.bias ? to_float<BF16>(call.bias[row]) : 0.0f;
-#pragma unroll 4
-      for (int other = 0; other < warps; other++) total += all[other * UNITS * EACH + i];
+      for (int block = 0; block < cluster; block++) total += load_of_cluster(address(all + i), block);
       call.y[(i64)token * w.rows + row] = rounded<BF16>(total);
     }
-    __syncthreads();  // before tiles are written again
+    meet_cluster(cluster);  // before tiles are written again
   }
 }
 
@@ -571,21 +583,11 @@ template <int TOKENS, bool PAIRS>
 __global__ void arrange(const Call call) {
   const int lane = threadIdx.x % LANES, spans = (call.w.columns + SPAN - 1) / SPAN;
   const int group = blockIdx.y, span = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
-  const int token = 8 * group + lane / 4, column = SPAN * span + lane % 4 * 32;
   wait_for_kernel_before();
   let_next_kernel_begin();
-  for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x; i < call.count;
-       i += gridDim.x * gridDim.y * blockDim.x)
-    call.flags[i] = 0;
   if (span >= spans) return;
   u32 x[16];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const bool there = token < call.tokens && column < call.w.columns;
-    const uint4 four = there ? load((const uint4*)(call.x + (i64)token * call.w.columns + column) + i) : make_uint4(0, 0, 0, 0);
-    x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
-  }
-  if (!PAIRS) reorder(x);
+  load_x<PAIRS>(x, call, 8 * group, span);
   constexpr int GROUPS = TOKENS / 8;
   u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (TILE / 4) + lane;
 #pragma unroll
@@ -599,13 +601,13 @@ __global__ void arrange(const Call call) {
 struct Part {
   int spans, from, tile, at, stop;  // in spans; `at` and `stop` in the tile's piece
 
+  static __device__ __forceinline__ int first_step(const Call& call, int block) { return (u32)block * call.steps / gridDim.x; }
   static __device__ __forceinline__ int block_of(const Call& call, int step) {
-    const int longer = call.rest * (call.each + 1);
-    return step < longer ? step / (call.each + 1) : call.rest + (step - longer) / call.each;
+    return ((u32)(step + 1) * gridDim.x - 1) / call.steps;
   }
   __device__ __forceinline__ Part(const Call& call, int spans, int block) : spans(spans) {
-    from = first_of(call, block);
-    stop = first_of(call, block + 1);
+    from = first_step(call, block);
+    stop = first_step(call, block + 1);
     enter();
   }
   __device__ __forceinline__ void enter() {  // the tile before `stop`
@@ -617,6 +619,9 @@ struct Part {
   __device__ __forceinline__ void leave() {
     stop = max(from, tile * spans);
     if (is_left()) enter();
+  }
+  __device__ __forceinline__ void advance() {
+    if (++at == stop) leave();
   }
 };
 
@@ -639,7 +644,7 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, f
   }
   const int first = Part::block_of(call, now.tile * now.spans);  // that has a piece of the tile
   if (first < block) {
-    for (int other = first + thread; other < block; other += 128) wait_flag(call.flags + other * GROUPS + group);
+    for (int other = first + thread; other < block; other += 128) take_flag(call.flags + other * GROUPS + group);
     meet(group);
     for (int other = block - 1; other >= first; other -= TOGETHER) {
       float4 found[TOGETHER][FOURS];
@@ -681,20 +686,61 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, f
   }
 }
 
+// Up to so many tokens at a time a warpgroup more reads x and brings it to the others. To wait for a kernel that arranges x takes
+// two microseconds; beyond, that is less than what each block would spend on it.
+constexpr int DIRECT = 32;
+
+// What that warpgroup does: x of a step into each of STAGES places in turn.
+template <bool PAIRS, int TOKENS, int STAGES>
+__device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, u32 full, u32 empty) {
+  // Each warp has every fourth 8 tokens: one of each step, or of every second. What it takes next is on its way.
+  constexpr int EIGHTS = TOKENS / 8, STRIDE = 4 / EIGHTS, AHEAD = 2;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % 4, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
+  auto skip = [&](Part& part, int steps) INLINE {
+    for (int i = 0; i < steps && part.is_left(); i++) part.advance();
+  };
+  skip(now, warp / EIGHTS);
+  Part next = now;
+  u32 x[AHEAD][16];
+  auto load = [&](int slot) INLINE {
+    if (!next.is_left()) return;
+    load_x<PAIRS>(x[slot], call, next.tile % token_tiles * TOKENS + warp % EIGHTS * 8, next.span());
+    skip(next, STRIDE);
+  };
+#pragma unroll
+  for (int slot = 0; slot < AHEAD; slot++) load(slot);
+  int stage = warp / EIGHTS, turn = 1;
+  while (now.is_left()) {
+#pragma unroll
+    for (int slot = 0; slot < AHEAD; slot++) {
+      if (!now.is_left()) break;
+      wait_barrier(empty + 8 * stage, turn);
+      const u32 to = places + (stage * EIGHTS + warp % EIGHTS) * TILE + lane * 16;
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) store_blocks(to + i * BLOCK, x[slot][i], x[slot][i + 1], x[slot][i + 2], x[slot][i + 3]);
+      publish_writes();
+      __syncwarp();
+      if (lane == 0) arrive(full + 8 * stage);
+      load(slot);
+      skip(now, STRIDE);
+      if ((stage += STRIDE) >= STAGES) stage -= STAGES, turn ^= 1;
+    }
+  }
+}
+
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time. Each warp of a warpgroup brings the 16 rows of W that
 // it multiplies into registers itself, as in `multiply`; x is there for all of them.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
-__global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) stream(const Call call) {
+__global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 ? 2 : 1) stream(const Call call) {
   SHARED(memory);
-  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, AHEAD = 2;
-  constexpr int STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2;  // of x; before the first step
+  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2, AHEAD = 2;
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * X + warp * 2 * TILE;
   const u32 table = xs + STAGES * X + (PAIRS ? 0 : WARPS * 2 * TILE), first_room = table + 128;
-  const u32 rooms = first_room + warp * AHEAD * 2 * Word::ROOM;
+  const u32 rooms = first_room + warp * AHEAD * 2 * Word::ROOM;  // of warps that multiply
   const u32 full = first_room + WARPS * AHEAD * 2 * Word::ROOM, empty = full + 8 * STAGES;
   Part now(call, spans, blockIdx.x), later = now, next = now;  // what is multiplied; asked for of W; of x
 
@@ -720,32 +766,42 @@ __global__ void __launch_bounds__(128 * GROUPS, TOKENS > 64 ? 1 : 4 / GROUPS) st
     }
     commit_copies();
   };
-  // Before all else: W does not wait for what x waits for. Who has written W is done: `arrange`, launched between, has waited
-  // for that before it let this kernel begin.
-  seek();
-  for (int slot = 0; slot < AHEAD; slot++) ask(slot);
-
+  if (warp < WARPS) {
+    if constexpr (TOKENS <= DIRECT) {
+      const int first = now.tile / token_tiles * (8 * GROUPS) + 2 * warp, groups = (w.rows + ROWS - 1) / ROWS;
+      for (int i = 0; i < EARLY && now.at + i < now.stop; i++)
+        Word::prefetch_tile(w, first, now.span() + i, groups), Word::prefetch_tile(w, first + 1, now.span() + i, groups);
+    } else {
+      // W does not wait for what x waits for. Who has written W is done: `arrange`, launched between, has waited for that
+      // before it let this kernel begin.
+      seek();
+      for (int slot = 0; slot < AHEAD; slot++) ask(slot);
+    }
+  }
   let_next_kernel_begin();
   if (PAIRS) write_selectors(table);
   if (threadIdx.x < STAGES) {
-    start_barrier(full + 8 * threadIdx.x, 1);
+    start_barrier(full + 8 * threadIdx.x, TOKENS <= DIRECT ? TOKENS / 8 : 1);
     start_barrier(empty + 8 * threadIdx.x, WARPS);
   }
-  publish_barriers();
+  publish_writes();
   __syncthreads();
-
-  int filled = 0, filled_turn = 0, next_span = next.span();
-  auto fill = [&]() INLINE {  // the next stage with the x of the next step; one thread
+  if constexpr (TOKENS <= DIRECT) {
+    wait_for_kernel_before();
+    if (warp >= WARPS) return bring_x<PAIRS, TOKENS, STAGES>(call, now, xs, full, empty);
+    seek();
+    for (int slot = 0; slot < AHEAD; slot++) ask(slot);
+  }
+  int filled = 0, filled_turn = 1;
+  auto fill = [&]() INLINE {  // the next stage with the x of the next step, as `arrange` has it; one thread
     if (!next.is_left()) return;
-    wait_barrier(empty + 8 * filled, filled_turn ^ 1);
-    const char* from = (const char*)call.x + ((i64)(next.tile % token_tiles) * spans + next_span) * X;
+    wait_barrier(empty + 8 * filled, filled_turn);
+    const char* from = (const char*)call.x + ((i64)(next.tile % token_tiles) * spans + next.span()) * X;
     copy_many(xs + filled * X, from, X, full + 8 * filled);
     if (++filled == STAGES) filled = 0, filled_turn ^= 1;
-    if (++next_span + next.tile * spans < next.stop) return;
-    next.leave();
-    if (next.is_left()) next_span = next.span();
+    next.advance();
   };
-  const bool fills = threadIdx.x == 0;
+  const bool fills = TOKENS > DIRECT && threadIdx.x == 0;
   if (fills) {
     wait_for_kernel_before();
     for (int i = 0; i < FILLED; i++) fill();

@@ -3,8 +3,7 @@
 import ctypes
 import functools
 import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,8 @@ CAPABILITY = (8, 0)  # Ampere: tensor cores that take bf16
 HOPPER = (9, 0)
 TILE = 2048  # bytes of 8 rows of 128 columns, as in cuda.cu
 TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
+DIRECT = 32  # as in cuda.cu
+PER_THREAD = 2  # the handle of the default stream of each thread: not one stream
 RESERVED = 1024  # bytes of shared memory that a processor takes for each block beside the block's own
 
 
@@ -34,6 +35,7 @@ class Launch(NamedTuple):
     work: int = 0
     tile: int = 0  # `stream` and its `arrange` only: how many tokens it takes at a time, and times 64 rows
     groups: int = 0
+    cluster: int = 1  # `multiply` only: how many blocks share out columns
 
 
 class Layout(NamedTuple):
@@ -101,16 +103,15 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     if not 0 < tokens <= most:
         return None  # to expand the weight is faster
     several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
-    most_warps = 8 if several else 16
-    rounds = -(-layout.in_features // slots.SPAN) / most_warps  # of columns, in `multiply`
-    slow = (rounds > 1 and rounds / math.ceil(rounds) < 0.9) or (layout.overflow and _is_large(layout))
     launches: list[Launch] = []
     if tokens <= (4 if not layout.pairs else 0 if _is_large(layout) else 2):
         launches.append(gather(layout, tokens, (processors, most_shared)))
-    elif hopper and (tokens > 8 or (tokens > 4 and slow)):
+    elif hopper and tokens > (4 if layout.overflow else 8):
         launches += streams(layout, tokens, (processors, most_shared))
+    if hopper and not several:
+        launches.append(multiply(layout, tokens, processors, 16, 2))
     for warps in (16, 12, 8, 6, 4, 2):
-        if warps <= most_warps:
+        if warps <= (8 if several else 16):
             launches.append(multiply(layout, tokens, processors * (2 if several else 1), warps))
     return next((launch for launch in launches if launch.shared <= most_shared), None)
 
@@ -133,14 +134,14 @@ def gather(layout: Layout, tokens: int, limits: tuple[int, int]) -> Launch:
     return Launch(f"gather<{TYPES[layout.dtype]},{staged},{layout.template}>", (grid, 1), 32 * warps, shared)
 
 
-def multiply(layout: Layout, tokens: int, blocks: int, warps: int = 16) -> Launch:
-    """`multiply` with so many blocks for all rows, and warps in each."""
+def multiply(layout: Layout, tokens: int, blocks: int, warps: int = 16, cluster: int = 1) -> Launch:
+    """`multiply` with so many blocks for all rows, and warps in each; clusters are Hopper's."""
     token_tiles, groups = 1 if tokens <= 8 else 2, -(-layout.rows // 8)
-    table, tiles = (128, 0) if layout.pairs else (0, 2 * TILE)
-    shared = TILE + table + warps * (max(tiles, 2048 * token_tiles) + 4 * _room(layout))
+    table = 128 if layout.pairs else 0
+    shared = TILE + table + warps * (2 * TILE + 4 * _room(layout))
     kernel = f"multiply<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{token_tiles}>"
-    grid = min(groups, blocks), -(-tokens // (8 * token_tiles))
-    return Launch(kernel, grid, 32 * warps, shared, groups)
+    grid = cluster * min(groups, blocks // cluster), -(-tokens // (8 * token_tiles))
+    return Launch(kernel, grid, 32 * warps, shared, groups, cluster=cluster)
 
 
 def _room(layout: Layout) -> int:
@@ -152,11 +153,14 @@ def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int 
     """`stream` of `tile` tokens and 64 * groups rows at a time, with so many blocks for each processor."""
     kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{groups},{tile}>"
     stages, warps = 2 if tile == 256 else 4, 4 * groups
-    steps = -(-layout.rows // (64 * groups)) * -(-tokens // tile) * -(-layout.in_features // slots.SPAN)
+    spans, tiles = -(-layout.in_features // slots.SPAN), -(-layout.rows // (64 * groups)) * -(-tokens // tile)
+    steps = spans * tiles
     grid = max(1, min(steps // 2, processors * blocks))
+    pieces = -(-spans // -(-steps // grid))  # of a tile, with as many steps as a block has at most
+    grid = tiles * pieces if tiles * pieces <= grid else grid  # then no block has pieces of two tiles
     own = 2 * (2 * _room(layout) + (0 if layout.pairs else TILE))  # of a warp
     shared = TILE + stages * (TILE // 8 * tile + 16) + 128 + warps * own
-    return Launch(kernel, (grid, 1), 128 * groups, shared, steps, tile, groups)
+    return Launch(kernel, (grid, 1), 128 * (groups + (tile <= DIRECT)), shared, steps, tile, groups)
 
 
 def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[Launch]:
@@ -165,7 +169,11 @@ def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[La
     for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
         sizes = [(2, 1)]  # how many times 64 rows a block has, and how many blocks a processor
         if tile <= 32:
-            sizes = [(2, 2), (4, 1), (1, 2)] if not layout.overflow else [(4, 1), (2, 2), (1, 2)]
+            sizes = [(4, 1), (2, 2), (1, 2)]
+            if not layout.overflow and layout.rows * layout.in_features <= 2**24:
+                sizes = [(1, 2), (4, 1), (2, 2)]
+            elif tile == 16 and not (layout.pairs or layout.overflow or _is_large(layout)):
+                sizes = [(2, 2), (4, 1), (1, 2)]
         elif tile <= 64:
             sizes = [(1, 2), (2, 1)] if layout.pairs else [(2, 1), (1, 2)]
             if _is_large(layout):  # what blocks leave to one another matters less
@@ -211,7 +219,7 @@ class _Call(ctypes.Structure):
         ("tokens", ctypes.c_int32),
         ("each", ctypes.c_int32),
         ("rest", ctypes.c_int32),
-        ("count", ctypes.c_int32),
+        ("steps", ctypes.c_uint32),
         ("flags", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
     )
@@ -234,15 +242,20 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
     if bias is not None:
         bias = aligned(bias)
         call.bias = bias.data_ptr()
-    call.each, call.rest = divmod(launch.work, launch.grid[0])
     device = y.get_device()
-    if launch.tile:
+    if not launch.tile:
+        call.each, call.rest = divmod(launch.work, launch.grid[0] // launch.cluster)
+    else:
+        parts = launch.grid[0] * launch.groups
+        sums = y.new_empty(parts * 64 * launch.tile, dtype=torch.float32)
+        call.steps, call.flags, call.partial = launch.work, _own_flags(device) or 0, sums.data_ptr()
+        if not call.flags:
+            flags = y.new_zeros(parts, dtype=torch.int32)
+            call.flags = flags.data_ptr()
+    if launch.tile > DIRECT:
         spans, tiles = -(-columns // slots.SPAN), -(-tokens // launch.tile)
-        call.count = launch.grid[0] * launch.groups
-        arranged, sums = 2 * tiles * launch.tile * spans * slots.SPAN, call.count * 64 * launch.tile * 4
-        scratch = y.new_empty(arranged + sums + 4 * call.count, dtype=torch.uint8)
-        call.y = scratch.data_ptr()
-        call.partial, call.flags = call.y + arranged, call.y + arranged + sums
+        arranged = y.new_empty(tiles * launch.tile * spans * slots.SPAN)
+        call.y = arranged.data_ptr()
         _run(_arrange(launch.tile, layout.pairs, spans, tiles), call, device)
         call.x, call.y = call.y, y.data_ptr()
     _run(launch, call, device)
@@ -252,6 +265,56 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
 def _arrange(tile: int, pairs: bool, spans: int, tiles: int) -> Launch:
     """What writes x as `stream` wants it."""
     return Launch(f"arrange<{tile},{str(pairs).lower()}>", (-(-spans // 4), tiles * tile // 8), 128, 0, 0, tile)
+
+
+_flags: dict[tuple[int, int, int | None], int] = {}  # addresses, by device, stream and capture
+_free_flags: dict[int, list[int]] = {}  # of a device
+
+
+def _own_flags(device: int) -> int | None:
+    """The address of zeros that `stream` leaves as zeros, for no launch that may run at the same time.
+
+    So each CUDA stream has its own, and so has each capture: a graph may run beside any other. They are never given
+    back. None if there are none left.
+    """
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _own_flags(device)
+    stream, capture = torch._C._cuda_getCurrentRawStream(device), None
+    if stream == PER_THREAD:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        info = _driver().cuStreamGetCaptureInfo(stream)
+        _check(info)
+        capture = int(info[2])
+    key = (device, stream, capture)
+    if key not in _flags:
+        free = _free_flags.setdefault(device, [])
+        if capture is None and len(free) < 512:
+            free += _new_flags(device, stream)
+        try:
+            _flags[key] = free.pop()
+        except IndexError:
+            return None
+    return _flags[key]
+
+
+def _new_flags(device: int, stream: int, count: int = 1024) -> Iterable[int]:
+    """Addresses of zeros for so many, in memory that is not PyTorch's: its allocator may be giving out a graph's own,
+    which has to be free when the graph is there."""
+    driver, size = _driver(), 16 * _limits(device)[0]  # 4 bytes, and a processor's blocks have 4 groups together
+    _make_current(device)
+    mode = _check(driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+    try:  # also while another thread captures
+        status, memory = driver.cuMemAlloc(count * size)
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            return []
+        _check((status,))
+        _check(driver.cuMemsetD8Async(memory, 0, count * size, stream))
+        _check(driver.cuStreamSynchronize(stream))  # other streams will use them
+    finally:
+        _check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    return range(int(memory), int(memory) + count * size, size)
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -291,6 +354,12 @@ def _config(launch: Launch, device: int, stream: int) -> Any:
         value.programmaticStreamSerializationAllowed = 1
         attribute.value = value
         config.attrs, config.numAttrs = [attribute], 1
+        if launch.cluster > 1:
+            cluster, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = launch.cluster, 1, 1
+            cluster.value = value
+            config.attrs, config.numAttrs = [attribute, cluster], 2
     return config
 
 

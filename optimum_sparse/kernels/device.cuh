@@ -153,6 +153,11 @@ __device__ __forceinline__ u32 transposed(u32 pair) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
+// Four blocks of 8 rows of 16 bytes, whose addresses lanes bring, 8 lanes for each; of each a lane has 4 bytes of row lane / 4.
+__device__ __forceinline__ void store_blocks(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
 // c [16, 8] += a [16, 16] b [16, 8] on tensor cores: PTX ISA, mma.m16n8k16.
 template <bool BF16>
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -180,13 +185,50 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 }
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// ---- Hopper: clusters, blocks that read one another's shared memory
+
+__device__ __forceinline__ int blocks_of_cluster() {
+  int blocks = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+#endif
+  return blocks;
+}
+__device__ __forceinline__ int rank_in_cluster() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+__device__ __forceinline__ void meet_cluster(int blocks) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+// What the block of a rank has at an address of its shared memory.
+__device__ __forceinline__ float load_of_cluster(u32 at, int rank) {
+  float x;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
+               : "=f"(x) : "r"(at), "r"(rank) : "memory");
+#else
+  x = __uint_as_float(load4(at));
+#endif
+  return x;
+}
+
 // ---- Hopper: barriers in shared memory, copies that arrive at them, warpgroups
 
 // A barrier turns when `arrivals` have come, and the bytes that were announced.
 __device__ __forceinline__ void start_barrier(u32 at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void publish_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void arrive(u32 at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
@@ -212,10 +254,11 @@ __device__ __forceinline__ void raise_flag(int* flag, int number) {
   meet(number);
   if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
-__device__ __forceinline__ void wait_flag(const int* flag) {
+__device__ __forceinline__ void take_flag(int* flag) {  // and lower it
   int raised;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
   while (!raised);
+  *flag = 0;
 }
 __device__ __forceinline__ float4 load_shared_by_all(const float4* p) { return __ldcg(p); }  // past L1
 

@@ -83,6 +83,8 @@ def candidates(layout: cuda.Layout, tokens: int) -> list[cuda.Launch]:
     if tokens <= 64:
         launches += [cuda.multiply(layout, tokens, processors, warps) for warps in (8, 12, 16)]
         launches += [cuda.multiply(layout, tokens, 2 * processors, 8)]
+    if torch.cuda.get_device_capability() >= cuda.HOPPER and tokens <= 64:
+        launches += [cuda.multiply(layout, tokens, *how, cluster=2) for how in ((processors, 16), (2 * processors, 8))]
     if torch.cuda.get_device_capability() == cuda.HOPPER:
         streams = cuda.streams(layout, tokens, (processors, most_shared))
         launches += [launch for launch in streams if launch.tile == 16 or launch.tile < 2 * tokens]

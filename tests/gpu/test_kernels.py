@@ -61,7 +61,7 @@ def test_a_matrix_whose_steps_are_shared_out(pattern: Pattern):
     """Large enough for `stream` from 9 tokens on; blocks wait for what others leave, so: again and again."""
     weight = sparse((8200, 4128), pattern, torch.bfloat16)
     layer = SparseLinear.from_dense(weight, None, pattern)
-    for tokens in (9, 16, 32, 64, 128, 300, 512):
+    for tokens in (5, 8, 9, 16, 32, 64, 128, 300, 512):
         x = torch.randn(tokens, 4128, device="cuda").bfloat16()
         first = layer(x)
         check(first, x, weight, None)
@@ -158,6 +158,38 @@ def test_a_side_stream_and_a_cuda_graph():
     side.synchronize()
     assert torch.equal(y, wanted)
     assert torch.equal(replayed(layer, x), wanted)
+
+
+@pytest.mark.parametrize("left", ["as many as there are", "none"])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_streams_and_graphs_at_the_same_time(pattern: Pattern, left: str, monkeypatch: pytest.MonkeyPatch):
+    """One layer on two streams and in two graphs of one capture stream: no launch takes another's flags."""
+    weight = sparse((4096, 2080), pattern, torch.bfloat16)
+    layer = SparseLinear.from_dense(weight, None, pattern)
+    inputs = [torch.randn(tokens, 2080, device="cuda").bfloat16() for tokens in (16, 30, 50, 12)]
+    wanted = [layer(x) for x in inputs]
+    if left == "none":
+        monkeypatch.setattr(cuda, "_new_flags", lambda device, stream: [])
+        monkeypatch.setattr(cuda, "_flags", {})
+        monkeypatch.setattr(cuda, "_free_flags", {})
+    streams = [torch.cuda.Stream() for _ in inputs]
+    graphs = [torch.cuda.CUDAGraph() for _ in inputs]
+    captured = []
+    for graph, x in zip(graphs, inputs, strict=True):
+        with torch.cuda.graph(graph):
+            captured.append([layer(x) for _ in range(30)])
+    for run in range(3):
+        found = {}
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if (i + run) % 2:
+                    graphs[i].replay()
+                    found[i] = captured[i]
+                else:
+                    found[i] = [layer(inputs[i]) for _ in range(30)]
+        torch.cuda.synchronize()
+        for i, several in found.items():
+            assert all(torch.equal(y, wanted[i]) for y in several)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -360,6 +392,20 @@ def test_generate(checkpoint, dtype, tmp_path):
     torch.testing.assert_close(model(ids).logits, dense(ids).logits)
 
 
+def test_the_first_launch_in_the_warm_up_of_a_graph(monkeypatch: pytest.MonkeyPatch):
+    """What inductor allocates there has to be free when the graph is captured: it looks."""
+    monkeypatch.setattr(cuda, "_flags", {})
+    monkeypatch.setattr(cuda, "_free_flags", {})
+    for tokens in (16, 50):
+        weight = sparse((4096, 1056), NM(2, 4), torch.bfloat16)
+        layer = SparseLinear.from_dense(weight, None, NM(2, 4))
+        replays = torch.compile(layer, mode="reduce-overhead", dynamic=False)
+        x = torch.randn(tokens, 1056, device="cuda").bfloat16()
+        with torch.no_grad():
+            for _ in range(4):
+                check(replays(x).clone(), x, weight, None)
+
+
 def test_compiled_and_in_a_cuda_graph(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, device_map="cuda", dtype=torch.bfloat16, run_compressed=True
@@ -369,6 +415,12 @@ def test_compiled_and_in_a_cuda_graph(checkpoint):
         wanted = model(ids, use_cache=False).logits
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, wanted, rtol=5e-2, atol=5e-2)
+        for many in (ids, ids.repeat(1, 20), ids.repeat(1, 50)):
+            wanted = model(many, use_cache=False).logits
+            replays = torch.compile(model, mode="reduce-overhead", dynamic=False)
+            for _ in range(4):  # it records the second, and checks what is left in its memory
+                found = replays(many, use_cache=False).logits.clone()
+                torch.testing.assert_close(found, wanted, rtol=5e-2, atol=5e-2)
 
         cache = StaticCache(model.config, max_cache_len=16)
         position = torch.tensor([0], device="cuda")

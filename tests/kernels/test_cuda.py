@@ -35,7 +35,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run(["g++", *flags, "-o", str(built), str(here / "emulator.cpp")], check=True)
     found = ctypes.CDLL(str(built))
     found.emulate.restype = ctypes.c_bool
-    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    found.emulate.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 5, ctypes.c_void_p]
     return found
 
 
@@ -47,14 +47,18 @@ def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[
     def run(launch: cuda.Launch, call: ctypes.Structure, device: int) -> None:
         seen.append(launch)
         name = launch.kernel.encode()
-        assert library.emulate(name, *launch.grid, launch.threads, launch.shared, ctypes.addressof(call)), name
+        sizes = *launch.grid, launch.threads, launch.shared, launch.cluster
+        assert library.emulate(name, *sizes, ctypes.addressof(call)), name
 
+    flags = torch.zeros(12, dtype=torch.int32)
     monkeypatch.setattr(cuda, "_run", run)
+    monkeypatch.setattr(cuda, "_own_flags", lambda device: flags.data_ptr())
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
     monkeypatch.setattr(cuda, "_is_hopper", lambda device: False)
     cuda.plan.cache_clear()
     yield seen
     cuda.plan.cache_clear()
+    assert not flags.any()  # the next launch needs them lowered
 
 
 def compress(weight: torch.Tensor, pattern: Pattern) -> cuda.Matrix:
@@ -156,7 +160,9 @@ def test_a_layer_from_the_op_to_the_kernel(
 
 
 @pytest.mark.parametrize("processors", [1, 3])
-@pytest.mark.parametrize(("tile", "groups"), [(16, 2), (16, 4), (64, 1), (64, 4), (128, 2), (256, 2)])
+@pytest.mark.parametrize(
+    ("tile", "groups"), [(16, 1), (16, 2), (16, 4), (32, 1), (32, 4), (64, 1), (64, 4), (128, 2), (256, 2)]
+)
 @pytest.mark.parametrize(
     ("pattern", "dtype"),
     [
@@ -169,12 +175,23 @@ def test_a_layer_from_the_op_to_the_kernel(
     ids=str,
 )
 def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, processors: int):
-    for shape in ((70, 96), (137, 1248)) if tile == 16 else ((70, 1248),):
+    for shape in ((70, 96), (137, 1248)) if tile <= 32 else ((70, 1248),):
         weight = sparse(shape, pattern, dtype)
         matrix = compress(weight, pattern)
-        for tokens in (1, tile + 3) if tile == 16 else (tile - 5,):
+        for tokens in (1, tile + 3) if tile <= 32 else (tile - 5,):
             launch = cuda.stream(matrix.layout, tokens, tile, processors, groups)
             check(weight, matrix, tokens, random_weight(1, shape[0])[0].to(dtype), launch)
+
+
+@pytest.mark.parametrize("cluster", [2, 3])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), NM(3, 4), Unstructured(0.5)], ids=str)
+def test_a_cluster_shares_out_columns(pattern: Pattern, cluster: int):
+    for shape in ((37, 96), (137, 1248)):
+        weight = sparse(shape, pattern, torch.bfloat16)
+        matrix = compress(weight, pattern)
+        for tokens in (5, 12, 20):
+            launch = cuda.multiply(matrix.layout, tokens, 6, 4, cluster)
+            check(weight, matrix, tokens, random_weight(1, shape[0])[0].bfloat16(), launch)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
@@ -182,10 +199,11 @@ def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytes
     monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
     weight = sparse((70, 96), pattern, torch.bfloat16)
     matrix = compress(weight, pattern)
-    for tokens in (8, 9, 20, 33, 100):
+    for tokens in (4, 8, 9, 20, 33, 100):
         launch = cuda.plan(matrix.layout, tokens, 0)
         assert launch is not None
-        assert (launch.tile >= tokens) == (tokens > 8) == launch.kernel.startswith("stream<")
+        streamed = tokens > (4 if matrix.layout.overflow else 8)
+        assert (launch.tile >= tokens) == streamed == launch.kernel.startswith("stream<")
         check(weight, matrix, tokens, None)
     large = matrix.layout._replace(rows=2**14, in_features=2**12)
     numbers = (2, 8, 9, 128, 129, 512, 513)

@@ -47,6 +47,7 @@ struct alignas(8) float2 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 struct Index {
   int x, y;
@@ -92,6 +93,8 @@ struct Block {
 
 inline Index blockIdx, blockDim, gridDim, threadIdx;
 inline Block* block;
+inline std::vector<Block>* cluster;  // that it is in
+inline Barrier cluster_barrier;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
@@ -117,35 +120,38 @@ inline void enter() {
   let_others_run();
 }
 
-// Runs `kernel` for every thread of every block.
-inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, std::function<void()> kernel) {
+// Runs `kernel` for every thread of every block, `together` blocks at a time.
+inline void launch(int blocks_x, int blocks_y, int threads, int shared_bytes, int together, std::function<void()> kernel) {
   gridDim = {blocks_x, blocks_y}, blockDim = {threads, 1};
   body = std::move(kernel);
+  if (blocks_x % together) fail("blocks that are in no cluster");
   for (blockIdx.y = 0; blockIdx.y < blocks_y; blockIdx.y++)
-    for (blockIdx.x = 0; blockIdx.x < blocks_x; blockIdx.x++) {
-      Block here;
-      block = &here;
-      here.shared.assign(shared_bytes + 16, (char)0xff);
-      here.fibers = std::vector<Fiber>(threads);
-      here.warps = std::vector<Warp>(threads / LANES);
-      here.all = {threads};
-      for (Warp& warp : here.warps) warp.barrier = {LANES};
-      for (Fiber& fiber : here.fibers) {
-        constexpr size_t STACK = 1 << 16;
-        fiber.stack.reset(new char[STACK]);
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, enter, 0);
+    for (int first = 0; first < blocks_x; first += together) {
+      std::vector<Block> blocks(together);
+      cluster = &blocks, cluster_barrier = {threads * together};
+      for (Block& here : blocks) {
+        here.shared.assign(shared_bytes + 16, (char)0xff);
+        here.fibers = std::vector<Fiber>(threads);
+        here.warps = std::vector<Warp>(threads / LANES);
+        here.all = {threads};
+        for (Warp& warp : here.warps) warp.barrier = {LANES};
+        for (Fiber& fiber : here.fibers) {
+          constexpr size_t STACK = 1 << 16;
+          fiber.stack.reset(new char[STACK]);
+          getcontext(&fiber.context);
+          fiber.context.uc_stack.ss_sp = fiber.stack.get();
+          fiber.context.uc_stack.ss_size = STACK;
+          fiber.context.uc_link = nullptr;
+          makecontext(&fiber.context, enter, 0);
+        }
       }
-      for (int left = threads; left;) {
+      for (int left = threads * together; left;) {
         left = 0;
-        for (int i = 0; i < threads; i++) {
-          if (here.fibers[i].done) continue;
-          threadIdx = {i, 0};
-          swapcontext(&scheduler, &here.fibers[i].context);
-          left += !here.fibers[i].done;
+        for (int i = 0; i < threads * together; i++) {
+          block = &blocks[i / threads], blockIdx.x = first + i / threads, threadIdx = {i % threads, 0};
+          if (self().done) continue;
+          swapcontext(&scheduler, &self().context);
+          left += !self().done;
         }
       }
     }
@@ -287,6 +293,13 @@ inline u32 transposed(u32 pair) {
   auto element = [&](int r, int c) { return (u32)(lanes[4 * r + c / 2][0] >> 16 * (c % 2)) & 0xffff; };
   return element(column, row) | element(column + 1, row) << 16;
 }
+// PTX ISA, stmatrix.x4
+inline void store_blocks(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  auto lanes = exchange(at, a, b, c, d);
+  const int lane = threadIdx.x % LANES;
+  for (int i = 0; i < 4; i++)
+    store4(lanes[8 * i + lane / 4][0] + lane % 4 * 4, lanes[lane][1 + i]);
+}
 // PTX ISA, mma.m16n8k16: a0, a1 hold rows r, r + 8 at k = 2q, 2q + 1, a2, a3 the same at k + 8; b0, b1 column r at these.
 template <bool BF16>
 inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -307,11 +320,21 @@ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 
 // ---- Hopper
 
+inline int blocks_of_cluster() { return cluster->size(); }
+inline int rank_in_cluster() { return blockIdx.x % cluster->size(); }
+inline void meet_cluster(int) { wait_at(cluster_barrier); }
+inline float load_of_cluster(u32 at, int rank) {
+  Block* const own = block;
+  block = &(*cluster)[rank];
+  const u32 x = load4(at);
+  block = own;
+  return __uint_as_float(x);
+}
 inline void start_barrier(u32 at, int arrivals) {
   checked(at, 8);
   block->arrivals[at] = {arrivals, arrivals};
 }
-inline void publish_barriers() {}
+inline void publish_writes() {}
 inline Arrivals& arrivals_at(u32 at) {
   auto found = block->arrivals.find(at);
   if (found == block->arrivals.end()) fail("no barrier here");
@@ -350,8 +373,9 @@ inline void raise_flag(int* flag, int number) {
   meet(number);
   *flag = 1;
 }
-inline void wait_flag(const int* flag) {
+inline void take_flag(int* flag) {
   if (*flag != 1) fail("waits for a flag that an earlier block did not raise");
+  *flag = 0;
 }
 inline float4 load_shared_by_all(const float4* p) { return load_once(p); }
 inline void let_next_kernel_begin() {}

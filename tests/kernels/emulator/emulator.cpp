@@ -5,12 +5,13 @@
 #include <string>
 
 #define ENTRY(...) \
-  if (name == #__VA_ARGS__) return launch(x, y, threads, shared, [&] { __VA_ARGS__(call); }), true;
+  if (name == #__VA_ARGS__) return launch(x, y, threads, shared, cluster, [&] { __VA_ARGS__(call); }), true;
 #define PER_SLOTS(BF16, SLOTS, OVERFLOW, PAIRS)                                                \
   ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                    \
   ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,1>)            \
   ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,2>) ENTRY(expand<SLOTS,OVERFLOW>)
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,16>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,32>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,32>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64>)      \
@@ -25,7 +26,7 @@
   PER_SLOTS(BF16, 12, true, false) PER_SLOTS(BF16, 4, true, false)
 
 // False if there is no kernel of this name.
-extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, const Call& call) {
+extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, int cluster, const Call& call) {
   const std::string name = kernel;
   STREAM(true, 16, false, false) STREAM(true, 16, true, false) STREAM(true, 4, true, false)
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
