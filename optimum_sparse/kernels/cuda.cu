@@ -7,9 +7,10 @@
 //
 //   gather    few tokens. A lane holds a word and its values, and reads x at the columns it meets.
 //   multiply  more tokens. The values are written to their columns in a tile of shared memory that is then dense, and
-//             tensor cores multiply.
-//   stream    more tokens yet, on Hopper: as `multiply`, by warpgroups, for all of which x is in shared memory; all steps
-//             of the whole product are shared out evenly.
+//             tensor cores multiply. On Hopper, blocks of a cluster may share out the columns.
+//   stream    more tokens yet, on Hopper: as `multiply`, by warpgroups, for all of which x is in shared memory: one warpgroup
+//             brings it, or, of many tokens, `arrange` has written it in order. All steps of the whole product are shared
+//             out evenly.
 //   expand    writes the dense W.
 //
 // The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list: OVERFLOW.
@@ -33,13 +34,13 @@ struct Call {
   const u16* bias;  // [rows] or null
   u16* y;           // [tokens, rows]; `expand`: the dense W
   int tokens;
-  int each, rest;  // how much of the work a block has: the first `rest` blocks have one more. Part of what, kernels say
+  int each, rest;  // `multiply` only: how many times 8 rows a cluster has; the first `rest` clusters have one more
   // What follows is for `stream` only.
   u32 steps;       // a span of a tile of y each; times blocks that is less than 2^32
   int* flags;      // [blocks, GROUPS], all 0 before and after
   float* partial;  // [blocks, GROUPS, ...]
 };
-__device__ __forceinline__ int first_of(const Call& call, int block) { return block * call.each + min(block, call.rest); }
+__device__ __forceinline__ int first_of(const Call& call, int cluster) { return cluster * call.each + min(cluster, call.rest); }
 
 constexpr int ROWS = 8, SPAN = 128;  // of a tile of W: rows, columns
 __device__ __forceinline__ const int* start_of(const Matrix& w, int row, int span) {
@@ -47,8 +48,8 @@ __device__ __forceinline__ const int* start_of(const Matrix& w, int row, int spa
 }
 
 // A kernel begins when the one before ends on some processors (see `_config` in cuda.py), and waits for its results before
-// it reads anything; `stream` says when it need not for W. Until then memory would be idle: all fetch their first weights to
-// L2, so many steps or pairs of tiles a warp.
+// it reads anything; `stream` says when it need not for W. Until then memory would be idle: `gather`, `multiply`, and
+// `stream` of up to DIRECT tokens, fetch their first weights to L2, so many steps or pairs of tiles a warp.
 constexpr int EARLY = 2;
 
 // ---- the bits of a word, from the highest down
@@ -433,7 +434,8 @@ __device__ __forceinline__ uint2 four_columns(const Words<16, false>& word, int 
   return pairs;
 }
 
-// Of 8 tokens, from the `first` on, the columns of a span: a lane gets word lane % 4 of token lane / 4, as tensor cores want it.
+// Of 8 tokens, from the `first` on, the columns of a span: a lane gets word lane % 4 of token lane / 4, in the order in which
+// tensor cores want it.
 template <bool PAIRS>
 __device__ __forceinline__ void load_x(u32 (&x)[16], const Call& call, int first, int span) {
   const int lane = threadIdx.x % LANES, token = first + lane / 4, column = SPAN * span + lane % 4 * 32;
@@ -449,10 +451,10 @@ __device__ __forceinline__ void load_x(u32 (&x)[16], const Call& call, int first
 
 // ---- multiply
 
-// A block has some rows, 8 at a time, and its warps share out the columns. (Blocks of a cluster do so together: each reads less of
-// x, which of 8 tokens has half as many bytes as the rows that a processor has of 4,096.) A warp keeps 128 columns of x in registers, and
-// takes those of two tiles at a time, which are 16 rows, through up to PASS groups of rows. What bounds this kernel is the
-// number of its instructions.
+// A block has some rows, 8 at a time, and its warps share out the columns. (Blocks of a cluster share them out too: each then
+// reads less of x. With 4,096 rows, x of 8 tokens is half as many bytes as the rows of one processor.) A warp keeps 128 columns
+// of x in registers, and takes those of two tiles at a time, which are 16 rows, through up to PASS groups of rows. What bounds
+// this kernel is the number of its instructions.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int TOKEN_TILES>
 __global__ void __launch_bounds__(512) multiply(const Call call) {
   SHARED(memory);
@@ -552,15 +554,15 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
       ((float4*)all)[(warp * UNITS * TOKEN_TILES + i) * LANES + lane] = make_float4(mine[0], mine[1], mine[2], mine[3]);
     }
     __syncthreads();
-    const int here = (count + 1) / 2 * EACH;
-    for (int i = threadIdx.x; i < here; i += blockDim.x) {
+    const int numbers = (count + 1) / 2 * EACH;
+    for (int i = threadIdx.x; i < numbers; i += blockDim.x) {
       float total = 0;
 #pragma unroll 4
       for (int other = 0; other < warps; other++) total += all[other * UNITS * EACH + i];
       all[i] = total;
     }
     meet_cluster(cluster);
-    for (int i = rank * blockDim.x + threadIdx.x; i < here; i += cluster * blockDim.x) {
+    for (int i = rank * blockDim.x + threadIdx.x; i < numbers; i += cluster * blockDim.x) {
       const int unit = i / EACH, tile = i / (4 * LANES) % TOKEN_TILES, at = i / 4 % LANES, c = i % 4;
       const int token = first_token + 8 * tile + at % 4 * 2 + c % 2, group = pass + 2 * unit + c / 2;
       const int row = ROWS * group + at / 4;
@@ -569,7 +571,7 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
       for (int block = 0; block < cluster; block++) total += load_of_cluster(address(all + i), block);
       call.y[(i64)token * w.rows + row] = rounded<BF16>(total);
     }
-    meet_cluster(cluster);  // before tiles are written again
+    meet_cluster(cluster);  // before tiles are written again, or a block ends whose sums others still read
   }
 }
 
@@ -686,15 +688,17 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, f
   }
 }
 
-// Up to so many tokens at a time a warpgroup more reads x and brings it to the others. To wait for a kernel that arranges x takes
-// two microseconds; beyond, that is less than what each block would spend on it.
+// Up to so many tokens at a time a warpgroup more reads x and brings it to the others. To wait for a kernel that arranges x
+// takes two microseconds; beyond, that is less than what each block would spend on it.
 constexpr int DIRECT = 32;
 
 // What that warpgroup does: x of a step into each of STAGES places in turn.
 template <bool PAIRS, int TOKENS, int STAGES>
 __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, u32 full, u32 empty) {
-  // Each warp has every fourth 8 tokens: one of each step, or of every second. What it takes next is on its way.
+  // Of the groups of 8 tokens, step after step, each warp has every fourth: of 32 tokens one of each step, of 16 one of every
+  // second. What it takes next is on its way.
   constexpr int EIGHTS = TOKENS / 8, STRIDE = 4 / EIGHTS, AHEAD = 2;
+  static_assert(STAGES % STRIDE == 0, "a warp always has the same places");
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES % 4, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   auto skip = [&](Part& part, int steps) INLINE {
     for (int i = 0; i < steps && part.is_left(); i++) part.advance();
@@ -702,13 +706,13 @@ __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, 
   skip(now, warp / EIGHTS);
   Part next = now;
   u32 x[AHEAD][16];
-  auto load = [&](int slot) INLINE {
+  auto ask = [&](int slot) INLINE {
     if (!next.is_left()) return;
     load_x<PAIRS>(x[slot], call, next.tile % token_tiles * TOKENS + warp % EIGHTS * 8, next.span());
     skip(next, STRIDE);
   };
 #pragma unroll
-  for (int slot = 0; slot < AHEAD; slot++) load(slot);
+  for (int slot = 0; slot < AHEAD; slot++) ask(slot);
   int stage = warp / EIGHTS, turn = 1;
   while (now.is_left()) {
 #pragma unroll
@@ -717,11 +721,12 @@ __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, 
       wait_barrier(empty + 8 * stage, turn);
       const u32 to = places + (stage * EIGHTS + warp % EIGHTS) * TILE + lane * 16;
 #pragma unroll
-      for (int i = 0; i < 16; i += 4) store_blocks(to + i * BLOCK, x[slot][i], x[slot][i + 1], x[slot][i + 2], x[slot][i + 3]);
+      for (int i = 0; i < 16; i += 4)
+        store_matrices(to + i * BLOCK, x[slot][i], x[slot][i + 1], x[slot][i + 2], x[slot][i + 3]);
       publish_writes();
       __syncwarp();
       if (lane == 0) arrive(full + 8 * stage);
-      load(slot);
+      ask(slot);
       skip(now, STRIDE);
       if ((stage += STRIDE) >= STAGES) stage -= STAGES, turn ^= 1;
     }
@@ -729,11 +734,14 @@ __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, 
 }
 
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time. Each warp of a warpgroup brings the 16 rows of W that
-// it multiplies into registers itself, as in `multiply`; x is there for all of them.
+// it multiplies into registers itself, as in `multiply`; x is there for all of them, by `bring_x` or by `fill`. How many blocks
+// are to be on a processor, is as `streams` in cuda.py has it.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
-__global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 ? 2 : 1) stream(const Call call) {
+__global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 ? 2 : 1)
+    stream(const Call call) {
   SHARED(memory);
-  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2, AHEAD = 2;
+  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, AHEAD = 2;
+  constexpr int STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2;  // of x; before the first step
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one

@@ -21,6 +21,7 @@ HOPPER = (9, 0)
 TILE = 2048  # bytes of 8 rows of 128 columns, as in cuda.cu
 TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
 DIRECT = 32  # as in cuda.cu
+GROUPS = 4  # of 64 rows that `stream` has on a processor, at most
 PER_THREAD = 2  # the handle of the default stream of each thread: not one stream
 RESERVED = 1024  # bytes of shared memory that a processor takes for each block beside the block's own
 
@@ -32,8 +33,8 @@ class Launch(NamedTuple):
     grid: tuple[int, int]
     threads: int
     shared: int
-    work: int = 0
-    tile: int = 0  # `stream` and its `arrange` only: how many tokens it takes at a time, and times 64 rows
+    work: int = 0  # times 8 rows of `multiply`, steps of `stream`
+    tile: int = 0  # `stream` only: how many tokens it takes at a time, and times 64 rows
     groups: int = 0
     cluster: int = 1  # `multiply` only: how many blocks share out columns
 
@@ -135,10 +136,10 @@ def gather(layout: Layout, tokens: int, limits: tuple[int, int]) -> Launch:
 
 
 def multiply(layout: Layout, tokens: int, blocks: int, warps: int = 16, cluster: int = 1) -> Launch:
-    """`multiply` with so many blocks for all rows, and warps in each; clusters are Hopper's."""
+    """`multiply` with so many blocks for all rows, and warps in each; clusters from Hopper on."""
     token_tiles, groups = 1 if tokens <= 8 else 2, -(-layout.rows // 8)
-    table = 128 if layout.pairs else 0
-    shared = TILE + table + warps * (2 * TILE + 4 * _room(layout))
+    table, tiles = (128, 0) if layout.pairs else (0, 2 * TILE)
+    shared = TILE + table + warps * (max(tiles, 2048 * token_tiles) + 4 * _room(layout))
     kernel = f"multiply<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{token_tiles}>"
     grid = cluster * min(groups, blocks // cluster), -(-tokens // (8 * token_tiles))
     return Launch(kernel, grid, 32 * warps, shared, groups, cluster=cluster)
@@ -168,12 +169,12 @@ def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[La
     processors, most_shared = limits
     for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
         sizes = [(2, 1)]  # how many times 64 rows a block has, and how many blocks a processor
-        if tile <= 32:
-            sizes = [(4, 1), (2, 2), (1, 2)]
+        if tile <= 32:  # as measured on an H200: tests/benchmarks/launches.py
+            sizes = [(4, 1), (1, 2)]
             if not layout.overflow and layout.rows * layout.in_features <= 2**24:
-                sizes = [(1, 2), (4, 1), (2, 2)]
+                sizes.reverse()  # more blocks for the few rows
             elif tile == 16 and not (layout.pairs or layout.overflow or _is_large(layout)):
-                sizes = [(2, 2), (4, 1), (1, 2)]
+                sizes.insert(0, (2, 2))
         elif tile <= 64:
             sizes = [(1, 2), (2, 1)] if layout.pairs else [(2, 1), (1, 2)]
             if _is_large(layout):  # what blocks leave to one another matters less
@@ -248,7 +249,7 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
     else:
         parts = launch.grid[0] * launch.groups
         sums = y.new_empty(parts * 64 * launch.tile, dtype=torch.float32)
-        call.steps, call.flags, call.partial = launch.work, _own_flags(device) or 0, sums.data_ptr()
+        call.steps, call.flags, call.partial = launch.work, _own_flags(device), sums.data_ptr()
         if not call.flags:
             flags = y.new_zeros(parts, dtype=torch.int32)
             call.flags = flags.data_ptr()
@@ -256,15 +257,10 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         spans, tiles = -(-columns // slots.SPAN), -(-tokens // launch.tile)
         arranged = y.new_empty(tiles * launch.tile * spans * slots.SPAN)
         call.y = arranged.data_ptr()
-        _run(_arrange(launch.tile, layout.pairs, spans, tiles), call, device)
+        grid = -(-spans // 4), tiles * launch.tile // 8
+        _run(Launch(f"arrange<{launch.tile},{str(layout.pairs).lower()}>", grid, 128, 0), call, device)
         call.x, call.y = call.y, y.data_ptr()
     _run(launch, call, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _arrange(tile: int, pairs: bool, spans: int, tiles: int) -> Launch:
-    """What writes x as `stream` wants it."""
-    return Launch(f"arrange<{tile},{str(pairs).lower()}>", (-(-spans // 4), tiles * tile // 8), 128, 0, 0, tile)
 
 
 _flags: dict[tuple[int, int, int | None], int] = {}  # addresses, by device, stream and capture
@@ -272,7 +268,7 @@ _free_flags: dict[int, list[int]] = {}  # of a device
 
 
 def _own_flags(device: int) -> int | None:
-    """The address of zeros that `stream` leaves as zeros, for no launch that may run at the same time.
+    """The address of flags, all 0, which `stream` leaves at 0. Launches that may run together never get the same.
 
     So each CUDA stream has its own, and so has each capture: a graph may run beside any other. They are never given
     back. None if there are none left.
@@ -290,7 +286,7 @@ def _own_flags(device: int) -> int | None:
     key = (device, stream, capture)
     if key not in _flags:
         free = _free_flags.setdefault(device, [])
-        if capture is None and len(free) < 512:
+        if capture is None and len(free) < 512:  # captures only take
             free += _new_flags(device, stream)
         try:
             _flags[key] = free.pop()
@@ -299,10 +295,10 @@ def _own_flags(device: int) -> int | None:
     return _flags[key]
 
 
-def _new_flags(device: int, stream: int, count: int = 1024) -> Iterable[int]:
-    """Addresses of zeros for so many, in memory that is not PyTorch's: its allocator may be giving out a graph's own,
-    which has to be free when the graph is there."""
-    driver, size = _driver(), 16 * _limits(device)[0]  # 4 bytes, and a processor's blocks have 4 groups together
+def _new_flags(device: int, stream: int) -> Iterable[int]:
+    """Addresses of flags for 1,024 launches. Not from PyTorch: in the warm-up of a graph its allocator takes from the
+    graph's pool, which has to be free again before the capture."""
+    driver, count, size = _driver(), 1024, 4 * GROUPS * _limits(device)[0]
     _make_current(device)
     mode = _check(driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
     try:  # also while another thread captures
@@ -349,17 +345,17 @@ def _config(launch: Launch, device: int, stream: int) -> Any:
     config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
     config.sharedMemBytes, config.hStream = launch.shared, stream
     if torch.cuda.get_device_capability(device) >= HOPPER:
-        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early, cluster = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value = driver.CUlaunchAttributeValue()
         value.programmaticStreamSerializationAllowed = 1
-        attribute.value = value
-        config.attrs, config.numAttrs = [attribute], 1
-        if launch.cluster > 1:
-            cluster, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-            cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = launch.cluster, 1, 1
-            cluster.value = value
-            config.attrs, config.numAttrs = [attribute, cluster], 2
+        early.value = value
+        value = driver.CUlaunchAttributeValue()
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = launch.cluster, 1, 1
+        cluster.value = value
+        attributes = [early, cluster] if launch.cluster > 1 else [early]
+        config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 

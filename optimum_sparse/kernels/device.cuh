@@ -153,11 +153,6 @@ __device__ __forceinline__ u32 transposed(u32 pair) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
-// Four blocks of 8 rows of 16 bytes, whose addresses lanes bring, 8 lanes for each; of each a lane has 4 bytes of row lane / 4.
-__device__ __forceinline__ void store_blocks(u32 at, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-               ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
 // c [16, 8] += a [16, 16] b [16, 8] on tensor cores: PTX ISA, mma.m16n8k16.
 template <bool BF16>
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -228,6 +223,7 @@ __device__ __forceinline__ float load_of_cluster(u32 at, int rank) {
 __device__ __forceinline__ void start_barrier(u32 at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
 }
+// What this thread has written to shared memory is there for wgmma and for copies.
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void arrive(u32 at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
@@ -247,9 +243,15 @@ __device__ __forceinline__ void copy_many(u32 to, const void* from, int bytes, u
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Four times 8 rows of 16 bytes, at addresses that lanes bring, 8 lanes for each; of each a lane has 4 bytes of row lane / 4.
+__device__ __forceinline__ void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // The threads of a warpgroup, the `number`th of the block, wait for one another.
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory"); }
-// What they wrote to global memory is there for all who wait for the flag.
+// What they wrote to global memory is there for the warpgroup that takes the flag.
 __device__ __forceinline__ void raise_flag(int* flag, int number) {
   meet(number);
   if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");

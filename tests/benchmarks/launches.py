@@ -53,11 +53,10 @@ def main() -> None:
             print(f"  {tokens} tokens, dense {base:.1f}")
             for launch in dict.fromkeys([*best, *([chosen] if chosen else [])]):
                 mark = "*" if launch == chosen else " "
-                us = found[launch]
-                print(
-                    f"   {mark} {us:6.1f} ({base / us:.2f})  {launch.kernel} {launch.grid} x {launch.threads}",
-                    flush=True,
-                )
+                us, grid = found[launch], f"{launch.grid} x {launch.threads}"
+                if launch.cluster > 1:
+                    grid += f" in clusters of {launch.cluster}"
+                print(f"   {mark} {us:6.1f} ({base / us:.2f})  {launch.kernel} {grid}", flush=True)
 
 
 def compress(weight: torch.Tensor, pattern) -> cuda.Matrix:

@@ -50,7 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> Iterator[
         sizes = *launch.grid, launch.threads, launch.shared, launch.cluster
         assert library.emulate(name, *sizes, ctypes.addressof(call)), name
 
-    flags = torch.zeros(12, dtype=torch.int32)
+    flags = torch.zeros(cuda.GROUPS * 3, dtype=torch.int32)
     monkeypatch.setattr(cuda, "_run", run)
     monkeypatch.setattr(cuda, "_own_flags", lambda device: flags.data_ptr())
     monkeypatch.setattr(cuda, "_limits", lambda device: (3, 227 * 1024))
@@ -322,7 +322,7 @@ def test_gather_is_shared_out_evenly(rows: int, columns: int):
 
 @pytest.mark.parametrize("hopper", [True, False])
 @pytest.mark.parametrize("kilobytes", [16, 48, 99, 163, 227])
-def test_no_launch_needs_more_shared_memory_than_there_is(
+def test_no_launch_needs_more_shared_memory_or_flags_than_there_are(
     kilobytes: int, hopper: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(cuda, "_limits", lambda device: (132, kilobytes * 1024))
@@ -336,4 +336,5 @@ def test_no_launch_needs_more_shared_memory_than_there_is(
                     launch = cuda.plan(layout, tokens, 0)
                     assert launch is None or launch.shared <= kilobytes * 1024
                     assert launch is not None or tokens > 64 or kilobytes < 99
+                    assert launch is None or launch.grid[0] * launch.groups <= cuda.GROUPS * 132  # flags
     cuda.plan.cache_clear()

@@ -294,7 +294,7 @@ inline u32 transposed(u32 pair) {
   return element(column, row) | element(column + 1, row) << 16;
 }
 // PTX ISA, stmatrix.x4
-inline void store_blocks(u32 at, u32 a, u32 b, u32 c, u32 d) {
+inline void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 d) {
   auto lanes = exchange(at, a, b, c, d);
   const int lane = threadIdx.x % LANES;
   for (int i = 0; i < 4; i++)
