@@ -33,7 +33,7 @@ enum Level { PORTABLE, VIA_AVX2, VIA_AVX512, VIA_AVX512_BF16 };
 
 constexpr int STEP = 64;       // columns of one mask word
 constexpr int SLACK = 32;      // values that a vector load may read past those it needs
-constexpr int AHEAD = 1024;    // bytes to prefetch ahead
+constexpr int AHEAD = 8192;    // bytes to prefetch ahead: over the page, where the hardware stops by itself
 constexpr int MOST = 8;        // rows of x at once
 
 // ---- types: stored as, and as float
@@ -82,7 +82,15 @@ template <class T, int R>
 struct Rows {
   const T* values[R];
   const uint8_t* mask[R];
-  int64_t bytes;  // of a mask
+  int64_t bytes;     // of a mask
+  uint64_t last[R];  // its last word, of fewer bytes: to read these is a call, which loops go round
+
+  uint64_t word_at(int r, int64_t byte) const {
+    if (byte + 8 > bytes) return last[r];
+    uint64_t bits;
+    std::memcpy(&bits, mask[r] + byte, 8);
+    return bits;
+  }
 };
 
 template <class T, int M, int R>
@@ -90,7 +98,7 @@ void dot_portable(Rows<T, R> w, const float* x, int64_t stride, float (*out)[R])
   for (int r = 0; r < R; r++) {
     float sum[M] = {};
     for (int64_t byte = 0; byte < w.bytes; byte += 8)
-      for (uint64_t bits = word(w.mask[r] + byte, w.bytes - byte); bits; bits &= bits - 1) {
+      for (uint64_t bits = w.word_at(r, byte); bits; bits &= bits - 1) {
         const float value = to_float(*w.values[r]++);
         for (int m = 0; m < M; m++) sum[m] += value * x[m * stride + 8 * byte + std::countr_zero(bits)];
       }
@@ -144,7 +152,7 @@ AVX2 void dot_avx2(Rows<T, R> w, const float* x, int64_t stride, float (*out)[R]
   for (int64_t byte = 0; byte < w.bytes; byte += 8) {
     uint64_t bits[R];
     for (int r = 0; r < R; r++) {
-      bits[r] = word(w.mask[r] + byte, w.bytes - byte);
+      bits[r] = w.word_at(r, byte);
       _mm_prefetch((const char*)w.values[r] + AHEAD, _MM_HINT_T0);
     }
 #pragma GCC unroll 8
@@ -192,15 +200,23 @@ AVX512 inline void expand32(const T* values, uint32_t bits, __m512& low, __m512&
   high = widened(_mm512_extracti64x4_epi64(dense, 1), T{});
 }
 
+// Sums of a row and a token that take turns: an addition waits some cycles for the one before.
+constexpr int sums(int pairs) { return pairs <= 4 ? 2 : 1; }
+template <int N>
+AVX512 inline float total(const __m512 (&sum)[N]) {
+  return _mm512_reduce_add_ps(N > 1 ? _mm512_add_ps(sum[0], sum[N - 1]) : sum[0]);
+}
+
 template <class T, int M, int R>
 AVX512 void dot_avx512(Rows<T, R> w, const float* x, int64_t stride, float (*out)[R]) {
-  __m512 sum[M][R];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) sum[m][r] = _mm512_setzero_ps();
+  __m512 sum[M][R][sums(M * R)];
+  for (auto& of_token : sum)
+    for (auto& of_row : of_token)
+      for (__m512& one : of_row) one = _mm512_setzero_ps();
   for (int64_t byte = 0; byte < w.bytes; byte += 8) {
     uint64_t bits[R];
     for (int r = 0; r < R; r++) {
-      bits[r] = word(w.mask[r] + byte, w.bytes - byte);
+      bits[r] = w.word_at(r, byte);
       _mm_prefetch((const char*)w.values[r] + AHEAD, _MM_HINT_T0);
     }
 #pragma GCC unroll 2
@@ -213,24 +229,28 @@ AVX512 void dot_avx512(Rows<T, R> w, const float* x, int64_t stride, float (*out
       }
       for (int m = 0; m < M; m++) {
         const float* at = x + m * stride + 8 * byte + 32 * part;
-        for (int r = 0; r < R; r++) sum[m][r] = _mm512_fmadd_ps(_mm512_loadu_ps(at), low[r], sum[m][r]);
-        for (int r = 0; r < R; r++) sum[m][r] = _mm512_fmadd_ps(_mm512_loadu_ps(at + 16), high[r], sum[m][r]);
+        for (int r = 0; r < R; r++) {
+          __m512 &first = sum[m][r][0], &second = sum[m][r][sums(M * R) - 1];
+          first = _mm512_fmadd_ps(_mm512_loadu_ps(at), low[r], first);
+          second = _mm512_fmadd_ps(_mm512_loadu_ps(at + 16), high[r], second);
+        }
       }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) out[m][r] = _mm512_reduce_add_ps(sum[m][r]);
+    for (int r = 0; r < R; r++) out[m][r] = total(sum[m][r]);
 }
 
 template <int M, int R>
 AVX512_BF16 void dot_avx512_bf16(Rows<BFloat16, R> w, const BFloat16* x, int64_t stride, float (*out)[R]) {
-  __m512 sum[M][R];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) sum[m][r] = _mm512_setzero_ps();
+  __m512 sum[M][R][sums(M * R)];
+  for (auto& of_token : sum)
+    for (auto& of_row : of_token)
+      for (__m512& one : of_row) one = _mm512_setzero_ps();
   for (int64_t byte = 0; byte < w.bytes; byte += 8) {
     uint64_t bits[R];
     for (int r = 0; r < R; r++) {
-      bits[r] = word(w.mask[r] + byte, w.bytes - byte);
+      bits[r] = w.word_at(r, byte);
       _mm_prefetch((const char*)w.values[r] + AHEAD, _MM_HINT_T0);
     }
 #pragma GCC unroll 2
@@ -243,12 +263,15 @@ AVX512_BF16 void dot_avx512_bf16(Rows<BFloat16, R> w, const BFloat16* x, int64_t
       }
       for (int m = 0; m < M; m++) {
         const __m512i at = _mm512_loadu_si512(x + m * stride + 8 * byte + 32 * part);
-        for (int r = 0; r < R; r++) sum[m][r] = _mm512_dpbf16_ps(sum[m][r], (__m512bh)at, (__m512bh)dense[r]);
+        for (int r = 0; r < R; r++) {
+          __m512& own = sum[m][r][part % sums(M * R)];
+          own = _mm512_dpbf16_ps(own, (__m512bh)at, (__m512bh)dense[r]);
+        }
       }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) out[m][r] = _mm512_reduce_add_ps(sum[m][r]);
+    for (int r = 0; r < R; r++) out[m][r] = total(sum[m][r]);
 }
 
 // ---- one row of W, dense
@@ -315,7 +338,7 @@ void for_rows(const Matrix<T>& w, Run run) {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < w.rows; first += R) {
       int64_t number[R];
-      Rows<T, R> rows{{}, {}, w.bytes()};
+      Rows<T, R> rows{{}, {}, w.bytes(), {}};
       for (int r = 0; r < R; r++) {
         number[r] = std::min(first + r, w.rows - 1);
         const T* values = w.values + w.start(number[r]);
@@ -327,6 +350,7 @@ void for_rows(const Matrix<T>& w, Run run) {
         }
         rows.values[r] = values;
         rows.mask[r] = w.mask + number[r] * w.bytes();
+        rows.last[r] = word(rows.mask[r] + w.bytes() / 8 * 8, w.bytes() % 8);
       }
       run(number, rows);
     }
