@@ -132,7 +132,8 @@ def _keep_top_of_few(score: Tensor, kept: int) -> Tensor:
             rank = torch.zeros_like(mine, dtype=torch.int8)
             for other_place, other in enumerate(elements):
                 if other_place != place:
-                    rank += other >= mine if other_place < place else other > mine
+                    above = other >= mine if other_place < place else other > mine
+                    rank += above.view(torch.int8)  # a sum of two types takes three times as long
             found[:, place] = rank < kept
     return keep.view(score.shape)
 

@@ -155,15 +155,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right to about five digits, fp32: of matrices in fp32, or the left one in less.
 
     On CUDA in bf16 with fp32 sums, ten times as fast: of each matrix a bf16 part and the bf16 part of what is left,
-    and of the four products all but that of the small parts. Of a left matrix in bf16 nothing is left.
+    and of the four products all but that of the small parts. Of a matrix that bf16 holds nothing is left.
     """
     if left.device.type != "cuda":
         return left.float() @ right
     rough_left, rough_right = left.bfloat16(), right.bfloat16()
     total = torch.mm(rough_left, rough_right, out_dtype=torch.float32)
-    _add_product(total, rough_left, (right - rough_right).bfloat16())
-    if left.dtype != torch.bfloat16:
-        _add_product(total, (left - rough_left).bfloat16(), rough_right)
+    rest_left, rest_right = left - rough_left, right - rough_right
+    if rest_right.any():
+        _add_product(total, rough_left, rest_right.bfloat16())
+    if rest_left.any():
+        _add_product(total, rest_left.bfloat16(), rough_right)
     return total
 
 

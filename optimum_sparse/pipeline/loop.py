@@ -147,7 +147,7 @@ def prune_blocks(
 
 def _advance(block: Block, index: int, calls: Calls, hidden: Tensors) -> None:
     """The block's outputs in place of its inputs `hidden`, for every batch."""
-    with fast_forward(hidden[0]):
+    with fast_forward(hidden[0], block.module):
         for batch, x in enumerate(hidden):
             hidden[batch] = calls.outputs(block.module, index, batch, x)
 
@@ -187,7 +187,7 @@ def _prune_block(
     if calls is None or method.needs is Needs.NOTHING:
         solve([(linear, None) for linear in block.linears])
     elif block.linears:
-        with fast_forward(calls.hidden[0]):
+        with fast_forward(calls.hidden[0], block.module):
             layout = calls.within_memory(partial(layouts.find, block, index))
 
         def evidence_of(groups: list[list[Linear]], calls: Calls) -> list[Evidence]:
@@ -199,7 +199,7 @@ def _prune_block(
         for stage in layout.stages() if objective.staged else [layout.groups]:
             before = [linear.weight.data for linear in block.linears]
             for groups in _parts(stage, method.needs):
-                with fast_forward(calls.hidden[0]), dense_weights(block.linears, before):
+                with fast_forward(calls.hidden[0], block.module), dense_weights(block.linears, before):
                     evidence = calls.within_memory(partial(evidence_of, groups))
                 part: list[tuple[Linear, Evidence | None]] = [
                     (linear, found) for group, found in zip(groups, evidence, strict=True) for linear in group

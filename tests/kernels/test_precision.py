@@ -1,5 +1,6 @@
 """Faster arithmetic on a CPU: what it may change, and that it ends where it should."""
 
+import functools
 import threading
 
 import pytest
@@ -94,6 +95,32 @@ def test_overlapping_uses_leave_nothing_behind():
     thread.join()
     assert seen == ["bf16", "tf32", "tf32"]
     assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "count"), [("llama", 2), ("qwen3", 4), ("gemma3", 0), ("opt", 0)])
+def test_norms_of_the_usual_kind_are_fused_and_come_back(kind: str, count: int, dtype: torch.dtype):
+    """In bf16 once rounded instead of twice. A forward of their own (accelerate's hooks) they have again."""
+    model = make_model(kind).to(dtype)
+    block = model.model.decoder.layers[0] if kind == "opt" else model.model.layers[0]
+    for norm in block.modules():
+        if "Norm" in type(norm).__name__ and norm.weight is not None:
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    norms = [module for module in block.modules() if precision._is_rms_norm(module)]
+    assert len(norms) == count
+    if not norms:
+        return
+    x = torch.randn(2, 3, len(norms[0].weight), generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted, hooked = norms[0](x), norms[-1].forward
+    norms[-1].forward = hooked
+    with precision.fused_norms(block):
+        assert all(isinstance(norm.forward, functools.partial) for norm in norms)
+        found = norms[0](x)
+        assert torch.equal(norms[0](x.double()), norms[0].forward.args[1](x.double()))  # another type is left alone
+    torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert torch.equal(norms[0](x), wanted)
+    assert "forward" not in vars(norms[0])
+    assert vars(norms[-1])["forward"] is hooked
 
 
 def test_bf16_forward_prunes_nearly_as_well(bf16, monkeypatch):

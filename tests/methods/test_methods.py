@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optimum_sparse.core import NM, InputStats, Needs, NotPositiveDefinite, Pattern, Unstructured
 from optimum_sparse.methods import METHODS, Admm, Magnitude, Polished, Rose, SparseGPT, Wanda
+from optimum_sparse.methods.wanda import _kept_by_row
 
 
 ALWAYS = Rose(threshold=0.0)  # reorders every layer that has two unequal blocks
@@ -172,6 +173,15 @@ def test_wanda_compares_within_a_row_and_rows_keep_equal_counts_up_to_one(sparsi
         best = score[row].argsort(descending=True)[: counts[row]]
         assert sorted(best.tolist()) == solved.keep[row].nonzero().flatten().tolist()
     assert torch.equal(solved.weight[solved.keep], weight[solved.keep])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.55, 0.7, 0.999])
+def test_wanda_keeps_as_many_in_the_first_rows_as_the_pattern_says(sparsity: float):
+    """To the weight, also where a half is rounded."""
+    pattern = Unstructured(sparsity)
+    for width in (1, 3, 7, 10, 4096):
+        kept = _kept_by_row(pattern, 300, width).flatten().cumsum(0)
+        assert kept.tolist() == [pattern.kept(row * width) for row in range(1, 301)]
 
 
 def test_wanda_nm_keeps_the_largest_weight_times_input_norm():
