@@ -295,22 +295,30 @@ AVX2 void expand_avx2(const T* values, const uint8_t* mask, int64_t columns, T* 
   }
 }
 
-AVX512 void expand_avx512(const float* values, const uint8_t* mask, int64_t columns, float* to) {
-  for (int64_t column = 0; column < columns; column += 16) {
-    const auto bits = __mmask16(word(mask + column / 8, std::min<int64_t>(2, (columns - column + 7) / 8)));
-    const auto real = __mmask16(columns - column >= 16 ? 0xffff : (1u << (columns - column)) - 1);
-    _mm512_mask_storeu_ps(to + column, real, _mm512_maskz_expand_ps(bits, load(values)));
-    values += _mm_popcnt_u32(bits);
-  }
+AVX512 inline void put32(const float* values, uint32_t bits, float* to) {
+  _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(bits), load(values)));
+  values += _mm_popcnt_u32(bits & 0xffff);
+  _mm512_storeu_ps(to + 16, _mm512_maskz_expand_ps(__mmask16(bits >> 16), load(values)));
 }
 template <class T>
+AVX512 inline void put32(const T* values, uint32_t bits, T* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_expand_epi16(bits, load32(values)));
+}
+
+// Whole words are stored without a mask: with one, a store takes several times as long.
+template <class T>
 AVX512 void expand_avx512(const T* values, const uint8_t* mask, int64_t columns, T* to) {
-  for (int64_t column = 0; column < columns; column += 32) {
-    const auto bits = __mmask32(word(mask + column / 8, std::min<int64_t>(4, (columns - column + 7) / 8)));
-    const auto real = __mmask32(columns - column >= 32 ? ~0u : (1u << (columns - column)) - 1);
-    _mm512_mask_storeu_epi16(to + column, real, _mm512_maskz_expand_epi16(bits, load32(values)));
+  int64_t column = 0;
+  for (; column + 32 <= columns; column += 32) {
+    uint32_t bits;
+    std::memcpy(&bits, mask + column / 8, 4);
+    put32(values, bits, to + column);
     values += _mm_popcnt_u32(bits);
   }
+  if (column == columns) return;
+  T last[32];
+  put32(values, word(mask + column / 8, (columns - column + 7) / 8), last);
+  std::copy_n(last, columns - column, to + column);
 }
 
 #endif

@@ -61,9 +61,16 @@ def linear(
     return y
 
 
-def expand(weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, in_features: int, level: int) -> Tensor:
-    """The dense matrix [out, in]."""
-    dense = weight.new_empty(len(weight_mask), in_features)
+def expand(
+    weight: Tensor,
+    weight_mask: Tensor,
+    weight_rows: Tensor | None,
+    in_features: int,
+    level: int,
+    room: Tensor | None = None,
+) -> Tensor:
+    """The dense matrix [out, in], in the first rows of `room` [out or more, in] if that is given."""
+    dense = weight.new_empty(len(weight_mask), in_features) if room is None else room[: len(weight_mask)]
     _call("expand", weight, weight_mask, weight_rows, in_features, level, dense.data_ptr())
     return dense
 

@@ -27,7 +27,7 @@ from . import cpu, cuda, cusparselt
 
 PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
 CPU_TOKENS = 8  # up to here reading less memory wins, beyond it dense products do
-SLAB = 2**20  # weights that are expanded at a time on the CPU: they stay in its cache
+SLAB = 2**22  # weights that are expanded at a time on the CPU: they stay in its cache
 
 
 class Choice(NamedTuple):
@@ -195,14 +195,14 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     if backend == "cpu":
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
-    slab = max(1, SLAB // in_features)
+    slab = min(max(1, SLAB // in_features), len(weight_mask))
+    room = x.new_empty(slab, in_features)  # one for all: new memory takes longer to get than to fill
     parts = []
     for first in range(0, len(weight_mask), slab):
         here = slice(first, first + slab)
-        if weight_rows is None:
-            dense = expand(weight[here], weight_mask[here], None, in_features)
-        else:  # where rows begin is counted from the first of all
-            dense = expand(weight, weight_mask[here], weight_rows[first : first + slab + 1], in_features)
+        starts = None if weight_rows is None else weight_rows[first : first + slab + 1]  # counted from the very first
+        values = weight[here] if starts is None else weight
+        dense = cpu.expand(values, weight_mask[here], starts, in_features, cpu.best_level(), room)
         parts.append(F.linear(x, dense, None if bias is None else bias[here]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

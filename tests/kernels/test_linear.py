@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask
 from optimum_sparse.kernels import cpu
+from optimum_sparse.kernels import linear as linear_module
 from optimum_sparse.kernels.linear import CPU_TOKENS, expand, linear, reference, select
 
 
@@ -169,6 +170,18 @@ def test_any_shape(pattern: Pattern, shape: tuple[int, ...]):
     y = linear(x, *packed, 40, bias)
     torch.testing.assert_close(y, F.linear(x, weight, bias))
     torch.testing.assert_close(reference(x, *packed, 40, bias), F.linear(x, weight, bias))
+
+
+@needs_kernel
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_many_tokens_by_some_rows_at_a_time(pattern: Pattern, biased: bool, monkeypatch: pytest.MonkeyPatch):
+    """Each in the memory of those before; the last are fewer."""
+    monkeypatch.setattr(linear_module, "SLAB", 8 * 160)
+    weight, bias = matrix(pattern, (37, 160), torch.float32), random_weight(1, 37)[0] if biased else None
+    x = random_weight(CPU_TOKENS + 5, 160)
+    y = linear(x, *tensors(weight, pattern), 160, bias)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
 
 
 def test_inputs_with_gaps():
