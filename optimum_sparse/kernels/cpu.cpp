@@ -312,6 +312,7 @@ AVX512 void expand_avx512(const T* values, const uint8_t* mask, int64_t columns,
   for (; column + 32 <= columns; column += 32) {
     uint32_t bits;
     std::memcpy(&bits, mask + column / 8, 4);
+    _mm_prefetch((const char*)values + AHEAD, _MM_HINT_T0);
     put32(values, bits, to + column);
     values += _mm_popcnt_u32(bits);
   }
