@@ -161,11 +161,13 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return left.float() @ right
     rough_left, rough_right = left.bfloat16(), right.bfloat16()
     total = torch.mm(rough_left, rough_right, out_dtype=torch.float32)
-    rest_left, rest_right = left - rough_left, right - rough_right
-    if rest_right.any():
-        _add_product(total, rough_left, rest_right.bfloat16())
-    if rest_left.any():
-        _add_product(total, rest_left.bfloat16(), rough_right)
+    rest = right - rough_right
+    if rest.any():
+        _add_product(total, rough_left, rest.bfloat16())
+    if left.dtype != torch.bfloat16:
+        rest = left - rough_left
+        if rest.any():
+            _add_product(total, rest.bfloat16(), rough_right)
     return total
 
 

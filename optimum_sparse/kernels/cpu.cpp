@@ -32,7 +32,7 @@ static_assert(std::endian::native == std::endian::little, "bit c of a mask's wor
 enum Level { PORTABLE, VIA_AVX2, VIA_AVX512, VIA_AVX512_BF16 };
 
 constexpr int STEP = 64;       // columns of one mask word
-constexpr int SLACK = 32;      // values that a vector load may read past those it needs
+constexpr int SLACK = 40;      // values that a vector load may read past those it needs, and 7 for bits past the last column
 constexpr int AHEAD = 8192;    // bytes to prefetch ahead: over the page, where the hardware stops by itself
 constexpr int MOST = 8;        // rows of x at once
 
@@ -66,6 +66,7 @@ inline void store(float x, Float16* to) {
   else to->bits = sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+inline uint64_t first_bits(int64_t count) { return count < 64 ? (uint64_t(1) << count) - 1 : ~uint64_t(0); }
 inline uint64_t word(const uint8_t* mask, int64_t bytes) {
   uint64_t bits = 0;
   if (bytes >= 8) std::memcpy(&bits, mask, 8);
@@ -456,7 +457,7 @@ void expand_row(int level, const T* values, const uint8_t* mask, int64_t columns
   std::fill_n(to, columns, T{});
   const int64_t bytes = (columns + 7) / 8;
   for (int64_t byte = 0; byte < bytes; byte += 8)
-    for (uint64_t bits = word(mask + byte, bytes - byte); bits; bits &= bits - 1)
+    for (uint64_t bits = word(mask + byte, bytes - byte) & first_bits(columns - 8 * byte); bits; bits &= bits - 1)
       to[8 * byte + std::countr_zero(bits)] = *values++;
 }
 

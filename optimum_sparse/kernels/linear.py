@@ -196,7 +196,9 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
     slab = min(max(1, SLAB // in_features), len(weight_mask))
-    room = x.new_empty(slab, in_features)  # one for all: new memory takes longer to get than to fill
+    # One room for all: new memory takes longer to get than to fill. Where gradients are wanted, products keep theirs.
+    keeps = torch.is_grad_enabled() and x.requires_grad
+    room = None if keeps else x.new_empty(slab, in_features)
     parts = []
     for first in range(0, len(weight_mask), slab):
         here = slice(first, first + slab)

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,26 +110,38 @@ def fused_norms(block: nn.Module) -> Iterator[None]:
 def _rms_norm(norm: Any, otherwise: Callable, x: torch.Tensor) -> torch.Tensor:
     if x.dtype != norm.weight.dtype or x.device != norm.weight.device:
         return otherwise(x)
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    with torch.autocast(x.device.type, enabled=False):  # which would make fp32 of it, where the module does not
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-_rms_norms: dict[type, bool] = {}
+_rms_norms: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def _is_rms_norm(module: Any) -> bool:
-    """Whether modules of this class give, for some numbers, what `F.rms_norm` does: Gemma's, say, add 1 to weights."""
+    """Whether a module takes x alone, and gives for some numbers what `F.rms_norm` does.
+
+    Others have the same weights and more to do: they add 1 to them, subtract the mean, or take a gate or groups.
+    """
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dim() != 1 or not isinstance(epsilon, float):
         return False
-    kind = type(module)
-    if kind not in _rms_norms:
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # not the class's, nor accelerate's around it
+        return False
+    if module not in _rms_norms:
+        forward = type(module).forward  # without hooks
+        if len(inspect.signature(forward).parameters) != 2:
+            return False
         x = torch.linspace(-2, 3, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
         try:
-            wanted, found = module(x), _rms_norm(module, module, x)
-            _rms_norms[kind] = torch.allclose(wanted.float(), found.float(), rtol=2**-6, atol=1e-6)
-        except (TypeError, RuntimeError):  # it takes something else
-            _rms_norms[kind] = False
-    return _rms_norms[kind]
+            wanted = forward(module, x)
+        except Exception:
+            return False
+        found = _rms_norm(module, module, x)
+        if not wanted.any() or not wanted.isfinite().all():  # weights that tell nothing
+            return False
+        same = wanted.dtype == found.dtype and wanted.shape == found.shape
+        _rms_norms[module] = same and torch.allclose(wanted.float(), found.float(), rtol=2**-6, atol=1e-6)
+    return _rms_norms[module]
 
 
 def as_multiplied(x: torch.Tensor) -> torch.Tensor:

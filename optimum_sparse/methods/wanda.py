@@ -28,6 +28,6 @@ class Wanda:
 
 def _kept_by_row(pattern: Unstructured, rows: int, width: int) -> Tensor:
     """int64 [rows, 1]: equal up to one, so that rounding leaves the exact number of weights in the matrix."""
-    weights = torch.arange(rows + 1) * width
+    weights = torch.arange(rows + 1, device="cpu") * width
     removed = (pattern.sparsity * weights.double()).round()  # as Unstructured.kept rounds: half to even
     return (weights - removed.long()).diff()[:, None]

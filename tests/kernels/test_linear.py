@@ -142,6 +142,13 @@ GUARDED = """
                     for full in (mask, torch.full_like(mask, 255)):  # a damaged file: any number, but no other memory
                         cpu.linear(x, flat, full, wrong, None, level)
                         cpu.expand(flat, full, wrong, in_features, level)
+            for in_features in (5, 37, 69, 101):  # and masks with bits past the last column
+                mask = torch.full((3, -(-in_features // 8)), 255, dtype=torch.uint8)
+                values, x = torch.ones(3 * in_features, dtype=dtype), torch.ones(2, in_features, dtype=dtype)
+                rows = torch.arange(4) * in_features
+                cpu.linear(x, at_the_end(values), mask, rows, None, level)
+                room = at_the_end(torch.zeros(3, in_features, dtype=dtype))
+                assert (cpu.expand(values, mask, rows, in_features, level, room) == 1).all()
     print("nothing was read beyond the end")
 """
 
@@ -182,6 +189,17 @@ def test_many_tokens_by_some_rows_at_a_time(pattern: Pattern, biased: bool, monk
     x = random_weight(CPU_TOKENS + 5, 160)
     y = linear(x, *tensors(weight, pattern), 160, bias)
     torch.testing.assert_close(y, F.linear(x, weight, bias))
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
+def test_gradients_through_the_op_that_was_exported_without(monkeypatch: pytest.MonkeyPatch):
+    """It runs above PyTorch's autograd then: what the first products keep must not become the next one's."""
+    monkeypatch.setattr(linear_module, "SLAB", 8 * 160)
+    weight = matrix(NM(2, 4), (37, 160), torch.float32)
+    packed, x = tensors(weight, NM(2, 4)), random_weight(CPU_TOKENS + 5, 160).requires_grad_()
+    torch.ops.optimum_sparse.linear_without_gradients(x, *packed, 160, None, 4).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
 
 
 def test_inputs_with_gaps():

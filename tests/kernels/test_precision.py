@@ -5,8 +5,10 @@ import threading
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from models import make_config, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from optimum_sparse import Pruner
 from optimum_sparse.config import PAPER
@@ -111,8 +113,9 @@ def test_norms_of_the_usual_kind_are_fused_and_come_back(kind: str, count: int, 
     if not norms:
         return
     x = torch.randn(2, 3, len(norms[0].weight), generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted, hooked = norms[0](x), norms[-1].forward
-    norms[-1].forward = hooked
+    wanted = norms[0](x)
+    add_hook_to_module(norms[-1], ModelHook())  # as accelerate's dispatch_model does
+    hooked = norms[-1].forward
     with precision.fused_norms(block):
         assert all(isinstance(norm.forward, functools.partial) for norm in norms)
         found = norms[0](x)
@@ -121,6 +124,53 @@ def test_norms_of_the_usual_kind_are_fused_and_come_back(kind: str, count: int, 
     assert torch.equal(norms[0](x), wanted)
     assert "forward" not in vars(norms[0])
     assert vars(norms[-1])["forward"] is hooked
+
+
+HYBRID = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+HYBRID |= dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("bamba", HYBRID | MAMBA | dict(attn_layer_indices=[1])),
+        ("falcon_h1", HYBRID | MAMBA | dict(mamba_d_ssm=128, mamba_rms_norm=True)),
+        ("kimi_linear", HYBRID),
+    ],
+)
+def test_norms_that_take_more_than_x_are_left_alone(kind: str, arguments: dict):
+    """A gate, which some can do without and others cannot."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **arguments)).eval()
+    gated = [module for module in model.modules() if "Gated" in type(module).__name__]
+    assert gated
+    assert not any(map(precision._is_rms_norm, gated))
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        with precision.fused_norms(model):
+            found = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_tell_nothing_do_not_decide():
+    """Of zeros, every norm makes the same."""
+    block = make_model("cohere").model.layers[0]
+    norm = block.input_layernorm
+    assert isinstance(norm.variance_epsilon, float)
+    for weight in (torch.zeros_like(norm.weight), torch.full_like(norm.weight, torch.nan), norm.weight.data.clone()):
+        norm.weight.data = weight
+        assert not precision._is_rms_norm(norm)
+    block = make_model("llama").model.layers[0]
+    weight, block.input_layernorm.weight.data = block.input_layernorm.weight.data, torch.zeros(32)
+    assert not precision._is_rms_norm(block.input_layernorm)
+    block.input_layernorm.weight.data = weight
+    assert precision._is_rms_norm(block.input_layernorm)
+    block.post_attention_layernorm.forward = lambda x: x  # somebody's own
+    assert not precision._is_rms_norm(block.post_attention_layernorm)
 
 
 def test_bf16_forward_prunes_nearly_as_well(bf16, monkeypatch):
