@@ -26,7 +26,7 @@ from . import cpu, cuda, cusparselt
 
 
 PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
-CPU_TOKENS = 8  # up to here reading less memory wins, beyond it dense products do
+CPU_TOKENS = 12  # up to here reading less memory wins, beyond it dense products do
 SLAB = 2**22  # weights that are expanded at a time on the CPU: they stay in its cache
 
 

@@ -208,7 +208,7 @@ def test_inputs_with_gaps():
     torch.testing.assert_close(linear(x, *packed, 40, bias), F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.6)], ids=str)
 def test_opcheck(pattern: Pattern, tokens: int):
     """PyTorch's own test of an op: schema, fake implementation, autograd registration."""
@@ -219,7 +219,7 @@ def test_opcheck(pattern: Pattern, tokens: int):
     torch.library.opcheck(torch.ops.optimum_sparse.linear_without_gradients.default, (x.detach(), *packed, 40, bias))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 def test_tensors_with_gaps(tokens: int):
     """Whatever strides a checkpoint's loader gives them."""
     weight, packed, bias = layer()
@@ -233,7 +233,7 @@ def test_tensors_with_gaps(tokens: int):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 def test_under_tracers_and_transforms(tokens: int):
     weight, packed, bias = layer()
     x, other = torch.randn(tokens, 40), torch.randn(tokens, 40)
@@ -270,13 +270,13 @@ def test_compiled_for_cuda_without_a_break_where_there_is_none():
                 assert compiled(x, weight, mask).shape == (3, 8)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 def test_layers_without_rows(tokens: int):
     mask = torch.zeros(0, 5, dtype=torch.uint8)
     assert linear(torch.randn(tokens, 40), torch.empty(0, 20), mask, None, 40, None).shape == (tokens, 0)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 def test_gradients_of_inputs_and_bias(tokens: int):
     weight, packed, bias = layer()
     x = torch.randn(2, tokens, 40)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask, slots
+from optimum_sparse.kernels.linear import CPU_TOKENS
 from optimum_sparse.nn import SparseLinear
 from optimum_sparse.nn import linear as linear_module
 
@@ -102,7 +103,7 @@ def test_text_says_sizes_and_pattern():
     assert str(SparseLinear(8, 2, False, NM(2, 4))) == "SparseLinear(8, 2, bias=False, pattern='2:4')"
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 def test_autocast_is_that_of_a_dense_layer(tokens: int):
     weight, bias, x = pruned(NM(2, 4)), torch.randn(7), torch.randn(tokens, 40)
     linear = SparseLinear.from_dense(weight, bias, NM(2, 4))
