@@ -98,8 +98,11 @@ def keep_top(score: Tensor, kept: int | Tensor) -> Tensor:
             return _keep_top_by_rank(score, kept)
         if score.device.type == "cpu":  # quickselect: ten times faster than a sort here; on CUDA it is 30 times slower
             threshold = score.kthvalue(n - kept + 1, dim=-1, keepdim=True).values
+            keep = score >= threshold
+            if int(keep.count_nonzero()) * n == kept * score.numel():
+                return keep
             above = score > threshold
-            level = score == threshold
+            level = keep & ~above
             return above | (level & (level.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
     best = score.sort(dim=-1, descending=True, stable=True).indices
     if isinstance(kept, int):

@@ -20,7 +20,9 @@ class Wanda:
     def solve(self, weight: Tensor, stats: InputStats, pattern: Pattern) -> Solved:
         score = weight.abs() * stats.mean_square.sqrt()
         if isinstance(pattern, Unstructured):
-            keep = keep_top(score, _kept_by_row(pattern, *weight.shape).to(weight.device))
+            kept = _kept_by_row(pattern, *weight.shape)
+            same = bool((kept == kept[0]).all())  # for which there are faster ways
+            keep = keep_top(score, int(kept[0]) if same else kept.to(weight.device))
         else:
             keep = keep_mask(score, pattern)
         return Solved(weight * keep, keep)
