@@ -740,7 +740,7 @@ template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKEN
 __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 ? 2 : 1)
     stream(const Call call) {
   SHARED(memory);
-  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, AHEAD = 2;
+  constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, AHEAD = OVERFLOW && TOKENS == 16 ? 1 : 2;
   constexpr int STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2;  // of x; before the first step
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;

@@ -21,7 +21,7 @@ HOPPER = (9, 0)
 TILE = 2048  # bytes of 8 rows of 128 columns, as in cuda.cu
 TILES = (16, 32, 64, 128, 256)  # tokens that `stream` takes at a time
 DIRECT = 32  # as in cuda.cu
-GROUPS = 4  # of 64 rows that `stream` has on a processor, at most
+GROUPS = 5  # of 64 rows that `stream` has on a processor, at most
 PER_THREAD = 2  # the handle of the default stream of each thread: not one stream
 RESERVED = 1024  # bytes of shared memory that a processor takes for each block beside the block's own
 
@@ -159,7 +159,8 @@ def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int 
     grid = max(1, min(steps // 2, processors * blocks))
     pieces = -(-spans // -(-steps // grid))  # of a tile, with as many steps as a block has at most
     grid = tiles * pieces if tiles * pieces <= grid else grid  # then no block has pieces of two tiles
-    own = 2 * (2 * _room(layout) + (0 if layout.pairs else TILE))  # of a warp
+    ahead = 1 if layout.overflow and tile == 16 else 2
+    own = 2 * (ahead * _room(layout) + (0 if layout.pairs else TILE))  # of a warp
     shared = TILE + stages * (TILE // 8 * tile + 16) + 128 + warps * own
     return Launch(kernel, (grid, 1), 128 * (groups + (tile <= DIRECT)), shared, steps, tile, groups)
 
@@ -173,7 +174,9 @@ def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[La
             sizes = [(4, 1), (1, 2)]
             if not layout.overflow and layout.rows * layout.in_features <= 2**24:
                 sizes.reverse()  # more blocks for the few rows
-            elif tile == 16 and not (layout.pairs or layout.overflow or _is_large(layout)):
+            elif tile == 16 and not layout.pairs and _is_large(layout):
+                sizes.insert(0, (5, 1))
+            elif tile == 16 and not (layout.pairs or layout.overflow):
                 sizes.insert(0, (2, 2))
         elif tile <= 64:
             sizes = [(1, 2), (2, 1)] if layout.pairs else [(2, 1), (1, 2)]

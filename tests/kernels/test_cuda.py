@@ -161,7 +161,7 @@ def test_a_layer_from_the_op_to_the_kernel(
 
 @pytest.mark.parametrize("processors", [1, 3])
 @pytest.mark.parametrize(
-    ("tile", "groups"), [(16, 1), (16, 2), (16, 4), (32, 1), (32, 4), (64, 1), (64, 4), (128, 2), (256, 2)]
+    ("tile", "groups"), [(16, 1), (16, 2), (16, 4), (16, 5), (32, 1), (32, 4), (64, 1), (64, 4), (128, 2), (256, 2)]
 )
 @pytest.mark.parametrize(
     ("pattern", "dtype"),

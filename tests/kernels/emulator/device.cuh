@@ -86,7 +86,7 @@ struct Warp {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier all, groups[4];
+  Barrier all, groups[5];
   std::map<u32, Arrivals> arrivals;
   std::vector<char> shared;
 };

@@ -18,7 +18,7 @@ static_assert(offsetof(Call, steps) == 76 && offsetof(Call, flags) == 80 && offs
 #define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,16>)      \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,32>)                                                    \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,32>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,5,16>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64>)      \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64>)                                                    \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
