@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ranks
 from ..config import SparsityConfig, matches
 from ..core import NM
+from ..kernels.precision import replaced_forwards
 from ..nn import Experts, SparseLinear, matrix_names
 from ..pipeline import Block, Calls, Linear
 from ..report import LayerReport
@@ -362,21 +363,6 @@ def record_calls(
 def _is_mutable(value: Any) -> bool:
     """Whether blocks could leave something in it for one another."""
     return isinstance(value, dict | list) or (hasattr(value, "__dict__") and not isinstance(value, Tensor | type))
-
-
-@contextlib.contextmanager
-def replaced_forwards(blocks: Sequence[nn.Module], make: Any) -> Iterator[None]:
-    """Each block's forward is make(index); whatever was set on the instance before (accelerate hooks) comes back."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = make(index)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 def _returns_tuple(model: PreTrainedModel, blocks: Sequence[nn.Module], batch: dict[str, Tensor]) -> int:

@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .. import ranks
-from ..kernels.precision import fast_forward
+from ..kernels.precision import fast_forward, replaced_forwards
 from ..pipeline import SMALLER, Block, Sensitivity, is_out_of_memory, not_finite
-from .blocks import replaced_forwards
 from .placement import execution_device
 
 

@@ -5,7 +5,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,16 +95,23 @@ def fused_norms(block: nn.Module) -> Iterator[None]:
     They are known by what they have and by what they give: see `_is_rms_norm`.
     """
     norms: list[Any] = [module for module in block.modules() if _is_rms_norm(module)]
-    before = [norm.__dict__.get("forward") for norm in norms]
+    with replaced_forwards(norms, lambda index: functools.partial(_rms_norm, norms[index], norms[index].forward)):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
+    """Each module's forward is make(index); what was set on the instance before (accelerate's hooks) comes back."""
+    before = [module.__dict__.get("forward") for module in modules]
     try:
-        for norm in norms:
-            norm.forward = functools.partial(_rms_norm, norm, norm.forward)
+        for index, module in enumerate(modules):
+            module.forward = make(index)
         yield
     finally:
-        for norm, forward in zip(norms, before, strict=True):
-            del norm.forward
-            if forward is not None:  # accelerate's hooks are there
-                norm.forward = forward
+        for module, forward in zip(modules, before, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _rms_norm(norm: Any, otherwise: Callable, x: torch.Tensor) -> torch.Tensor:
@@ -127,18 +134,18 @@ def _is_rms_norm(module: Any) -> bool:
         return False
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):  # not the class's, nor accelerate's around it
         return False
+    forward = type(module).forward  # without hooks
+    if len(inspect.signature(forward).parameters) != 2:
+        return False
     if module not in _rms_norms:
-        forward = type(module).forward  # without hooks
-        if len(inspect.signature(forward).parameters) != 2:
-            return False
         x = torch.linspace(-2, 3, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
         try:
             wanted = forward(module, x)
         except Exception:
             return False
-        found = _rms_norm(module, module, x)
         if not wanted.any() or not wanted.isfinite().all():  # weights that tell nothing
             return False
+        found = _rms_norm(module, module, x)
         same = wanted.dtype == found.dtype and wanted.shape == found.shape
         _rms_norms[module] = same and torch.allclose(wanted.float(), found.float(), rtol=2**-6, atol=1e-6)
     return _rms_norms[module]
