@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -72,8 +73,9 @@ def onednn_fp32(precision: str = "tf32") -> Iterator[None]:
 def fast_forward(x: torch.Tensor, block: nn.Module | None = None) -> Iterator[None]:
     """Forward passes and Gram products for inputs like x as fast as they get without harm to pruning.
 
-    On CUDA: RMSNorms of `block` in one kernel each. If x is fp32, and the device multiplies bf16 (CUDA; AMX or
-    AVX512-BF16): linears and attention in bf16 between fp32 sums, Gram products of bf16 inputs with fp32 sums.
+    On CUDA: RMSNorms of `block` in one kernel each, rotary embeddings in three. If x is fp32, and the device
+    multiplies bf16 (CUDA; AMX or AVX512-BF16): linears and attention in bf16 between fp32 sums, Gram products of bf16
+    inputs with fp32 sums.
     SmolLM2-135M, SparseGPT 2:4, 64 x 1024 tokens, AMX, 8 threads: 57 s instead of 111 s, perplexity 80.8 instead of
     81.2 (rounding alone moves it by 0.5). On other CPUs: `onednn_fp32`.
     """
@@ -83,8 +85,10 @@ def fast_forward(x: torch.Tensor, block: nn.Module | None = None) -> Iterator[No
     autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
     # Elsewhere it does nothing, and while it is set, what torch.compile asks for (in flex_attention, say) raises.
     products = onednn_fp32("bf16" if bf16 else "tf32") if device == "cpu" else contextlib.nullcontext()
-    norms = fused_norms(block) if device == "cuda" and block is not None else contextlib.nullcontext()
-    with products, autocast, norms:
+    with products, autocast, contextlib.ExitStack() as fused:
+        if device == "cuda" and block is not None:
+            fused.enter_context(fused_norms(block))
+            fused.enter_context(fused_rotary(block))
         yield
 
 
@@ -149,6 +153,75 @@ def _is_rms_norm(module: Any) -> bool:
         same = wanted.dtype == found.dtype and wanted.shape == found.shape
         _rms_norms[module] = same and torch.allclose(wanted.float(), found.float(), rtol=2**-6, atol=1e-6)
     return _rms_norms[module]
+
+
+_rotary_lock = threading.Lock()
+_rotary_found: dict[Any, list[Callable]] = {}  # by file: what was there, then the fused one for each further use
+
+
+@contextlib.contextmanager
+def fused_rotary(block: nn.Module) -> Iterator[None]:
+    """Rotary embeddings of transformers' usual kind in `block` take three kernels instead of five, half of the bytes.
+
+    `apply_rotary_pos_emb` is a global of the file that an attention is in, which is one for the whole process: what
+    was there before the first of several uses, nested or in several threads, comes back after the last.
+    H200, bf16, 16 x 2048 tokens, 32 + 8 heads of 128: 1.22 ms instead of 2.34.
+    """
+    names = {base.__module__ for module in block.modules() for base in type(module).__mro__}
+    files: list[Any] = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "apply_rotary_pos_emb")]
+    with _rotary_lock:
+        for file in files:
+            found = _rotary_found.setdefault(file, [])
+            found.append(file.apply_rotary_pos_emb)
+            file.apply_rotary_pos_emb = _fused_rotary(found[0])
+    try:
+        yield
+    finally:
+        with _rotary_lock:
+            for file in files:
+                file.apply_rotary_pos_emb = _rotary_found[file].pop()  # the last to end gets what was there
+
+
+@functools.cache
+def _fused_rotary(rotary: Callable) -> Callable:
+    """What does the same faster, or rotary itself where it takes something else or gives something else.
+
+    Others interleave the halves, or take positions. The fused one leaves to rotary what has a gradient, and what is
+    not alike: cos and sin shorter than a head, or in fp32 for a single rounding.
+    """
+
+    def fused(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
+        tensors = (q, k, cos, sin)
+        alike = len({(x.dtype, x.device, x.shape[-1]) for x in tensors}) == 1 and cos.shape == sin.shape
+        if not alike or q.shape[-1] % 2 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return rotary(q, k, cos, sin, unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = [(2, 2, 3, 8), (2, 1, 3, 8), (2, 3, 8), (2, 3, 8)]
+    try:
+        forward = getattr(rotary, "forward", rotary)  # where the package `kernels` is installed, it is a module
+        if str(inspect.signature(forward, follow_wrapped=False)) != "(q, k, cos, sin, unsqueeze_dim=1)":
+            return rotary
+        for dtype in (torch.float32, torch.bfloat16):
+            q, k, cos, sin = (torch.randn(shape, generator=generator, device="cpu", dtype=dtype) for shape in shapes)
+            for dim in (1, 2):
+                wanted, found = rotary(q, k, cos, sin, dim), fused(q, k, cos, sin, dim)
+                torch.testing.assert_close(found, wanted, rtol=0, atol=8 * torch.finfo(dtype).eps)
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+    except Exception:
+        return rotary
+    return fused
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x * cos + rotate_half(x) * sin. In bf16 it is rounded twice, not three times: addcmul is fp32 inside."""
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 def as_multiplied(x: torch.Tensor) -> torch.Tensor:

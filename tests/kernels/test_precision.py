@@ -1,14 +1,17 @@
-"""Faster arithmetic on a CPU: what it may change, and that it ends where it should."""
+"""Faster arithmetic: what it may change, and that it ends where it should."""
 
 import functools
+import sys
 import threading
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from models import make_config, make_model
+from models import logits, make_config, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.models.cohere import modeling_cohere
+from transformers.models.llama import modeling_llama
 
 from optimum_sparse import Pruner
 from optimum_sparse.config import PAPER
@@ -171,6 +174,198 @@ def test_weights_that_tell_nothing_do_not_decide():
     assert precision._is_rms_norm(block.input_layernorm)
     block.post_attention_layernorm.forward = lambda x: x  # somebody's own
     assert not precision._is_rms_norm(block.post_attention_layernorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "fused", "count"),
+    [
+        ("llama", True, 4),
+        ("qwen3", True, 4),
+        ("mistral", True, 4),
+        ("gemma3", True, 8),
+        ("phi", True, 4),
+        ("gpt_neox", True, 0),  # a part of each head, which the function itself takes
+        ("gptj", False, 0),
+        ("cohere", False, 0),
+    ],
+)
+def test_rotary_embeddings_of_the_usual_kind_are_fused(monkeypatch, kind: str, fused: bool, count: int, dtype):
+    """Each attention rotates q and k, which are transposed or sliced. In bf16 the same but for rounding."""
+    model = make_model(kind).to(dtype)
+    attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    file = sys.modules[type(attentions[0]).__module__]
+    rotary, rotated, seen, calls = file.apply_rotary_pos_emb, precision._rotated, [], []
+    attentions[0].register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    monkeypatch.setattr(precision, "_rotated", lambda *given: calls.append(given) or rotated(*given))
+    logits(model)
+    with precision.fused_rotary(model):
+        assert (file.apply_rotary_pos_emb is not rotary) == fused
+        calls.clear()
+        logits(model)
+    assert len(calls) == count
+    assert file.apply_rotary_pos_emb is rotary
+    wanted, found = seen
+    assert found.dtype == wanted.dtype == dtype
+    # within a rounding of q and k, which attention passes on
+    scale = wanted.float().abs().max().item()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=scale * (2**-5 if dtype == torch.bfloat16 else 1e-5))
+
+
+def rotary_inputs(dtype: torch.dtype, positions: int = 5, size: int = 16) -> list[torch.Tensor]:
+    """q, k, cos, sin; q and k are transposed, as an attention has them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, positions, 4, size), (2, positions, 1, size), (2, positions, size), (2, positions, size))
+    q, k, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [q.transpose(1, 2), k.transpose(1, 2), cos, sin]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_fused_rotary_embeddings_are_at_least_as_exact(dtype: torch.dtype, dim: int):
+    """Against float64; with the strides of before, and inputs as they were."""
+    rotary = modeling_llama.apply_rotary_pos_emb
+    q, k, cos, sin = rotary_inputs(dtype, positions=64)
+    if dim == 2:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    q_before, k_before = q.clone(), k.clone()
+    found = precision._fused_rotary(rotary)(q, k, cos, sin, unsqueeze_dim=dim)
+    before, exact = (rotary(*(x.to(to) for x in (q, k, cos, sin)), dim) for to in (dtype, torch.float64))
+    for one, other, true in zip(found, before, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        assert (one - true).norm() <= (other - true).norm() < torch.finfo(dtype).eps * true.norm()
+    assert torch.equal(q, q_before)
+    assert torch.equal(k, k_before)
+
+
+def test_rotary_itself_computes_what_is_not_alike_or_has_a_gradient():
+    calls = []
+
+    def rotary(q, k, cos, sin, unsqueeze_dim=1):
+        calls.append(unsqueeze_dim)
+        if cos.shape[-1] == 4:  # of 5, or of a head that the function turns a part of
+            return q, k
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+    fused = precision._fused_rotary(rotary)
+    assert fused is not rotary
+    q, k, cos, sin = rotary_inputs(torch.bfloat16)
+    trained = q.detach().clone().requires_grad_()
+    calls.clear()
+    fused(q, k, cos, sin)
+    with torch.no_grad():
+        fused(trained, k, cos, sin)
+    assert not calls
+
+    for given in (
+        (trained, k, cos, sin),
+        (q, k, cos.float(), sin.float()),
+        (q, k.float(), cos, sin),
+        (q, k, cos[..., :4], sin[..., :4]),
+        (q, k, cos, sin[:1]),
+        rotary_inputs(torch.bfloat16, size=5),
+    ):
+        wanted = rotary(*given)
+        calls.clear()
+        found = fused(*given)
+        assert calls == [1]
+        assert all(map(torch.equal, found, wanted))
+    wanted, found = (
+        torch.autograd.grad(function(trained, k, cos, sin)[0].square().sum(), trained)[0]
+        for function in (modeling_llama.apply_rotary_pos_emb, fused)
+    )
+    assert torch.equal(found, wanted)
+
+
+class RotaryModule(torch.nn.Module):
+    """As the package `kernels` makes of the function."""
+
+    def forward(self, q, k, cos, sin, unsqueeze_dim=1):
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def test_rotary_functions_are_known_by_what_they_take_and_give():
+    usual = modeling_llama.apply_rotary_pos_emb
+
+    def rounded_once(q, k, cos, sin, unsqueeze_dim=1):
+        rotated = usual(q.float(), k.float(), cos.float(), sin.float(), unsqueeze_dim)
+        return tuple(x.to(q.dtype) for x in rotated)
+
+    def not_rounded(q, k, cos, sin, unsqueeze_dim=1):
+        return usual(q.float(), k.float(), cos.float(), sin.float(), unsqueeze_dim)
+
+    def other_way(q, k, cos, sin, unsqueeze_dim=1):
+        return usual(q, k, cos, -sin, unsqueeze_dim)
+
+    def first_half_for_both(q, k, cos, sin, unsqueeze_dim=1):  # the same where cos and sin are two equal halves
+        return usual(q, k, *(x[..., : x.shape[-1] // 2].repeat(1, 1, 2) for x in (cos, sin)), unsqueeze_dim)
+
+    def one_dim(q, k, cos, sin, unsqueeze_dim=1):
+        return usual(q, k, cos, sin, 1)
+
+    def queries_alone(q, k, cos, sin, unsqueeze_dim=1):
+        return usual(q, k, cos, sin, unsqueeze_dim)[0], k
+
+    def positions(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+        return usual(q, k, cos, sin, unsqueeze_dim)
+
+    @functools.wraps(rounded_once)
+    def compiled(*args, **kwargs):  # by torch.compile, say
+        return usual(*args, **kwargs)
+
+    for rotary in (usual, rounded_once, RotaryModule()):
+        assert precision._fused_rotary(rotary) is not rotary
+    others = [not_rounded, other_way, first_half_for_both, one_dim, queries_alone, positions, compiled]
+    for rotary in (*others, modeling_cohere.apply_rotary_pos_emb):
+        assert precision._fused_rotary(rotary) is rotary
+
+
+def test_pruning_on_cuda_fuses_rotary_embeddings():
+    """Of the block, also where its attention inherits from another file's; on a CPU nothing is replaced."""
+    rotary = modeling_llama.apply_rotary_pos_emb
+    block = make_model("llama").model.layers[0]
+    block.self_attn.__class__ = type("Inherits", (modeling_llama.LlamaAttention,), {"__module__": __name__})
+    block = torch.nn.ModuleList([block.self_attn])
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+    with precision.fast_forward(x, block):
+        assert modeling_llama.apply_rotary_pos_emb is precision._fused_rotary(rotary) is not rotary
+    with precision.fast_forward(torch.empty(1), block):
+        assert modeling_llama.apply_rotary_pos_emb is rotary
+
+
+def test_rotary_embeddings_come_back():
+    """After an error; nested; of two threads after the second, though the first began before it and ends first."""
+    block = make_model("llama").model.layers[0]
+    rotary = modeling_llama.apply_rotary_pos_emb
+    fused = precision._fused_rotary(rotary)
+    with pytest.raises(KeyError), precision.fused_rotary(block):
+        raise KeyError
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    with precision.fused_rotary(block):
+        with precision.fused_rotary(block):
+            pass
+        assert modeling_llama.apply_rotary_pos_emb is fused
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+
+    begun, second_began, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with precision.fused_rotary(block):
+            begun.set()
+            second_began.wait(10)
+        ended.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    begun.wait(10)
+    with precision.fused_rotary(block):
+        second_began.set()
+        assert ended.wait(10)
+        assert modeling_llama.apply_rotary_pos_emb is fused
+    thread.join()
+    assert modeling_llama.apply_rotary_pos_emb is rotary
 
 
 def test_bf16_forward_prunes_nearly_as_well(bf16, monkeypatch):
