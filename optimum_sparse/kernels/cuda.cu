@@ -627,12 +627,39 @@ struct Part {
   }
 };
 
+// What a lane has of 16 rows of W, from `row` on, and 8 tokens: two tokens of a row, and of that 8 below. It writes two rows of
+// a token.
+template <bool BF16>
+__device__ __forceinline__ void write_sums(const Call& call, int row, int token, float4 sums, const float (&bias)[2]) {
+  const int lane = threadIdx.x % LANES, rows = call.w.rows;
+  token += lane / 4, row += lane % 4 * 2;
+  u16* y = call.y + (i64)token * rows + row;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float first = half ? sums.z : sums.x, second = half ? sums.w : sums.y;
+    const u32 pair = transposed(rounded<BF16>(first + bias[half]) | (u32)rounded<BF16>(second + bias[half]) << 16);
+    if (token >= call.tokens) continue;
+    if (row + 8 * half + 1 < rows && rows % 2 == 0) *(u32*)(y + 8 * half) = pair;
+    else {
+      if (row + 8 * half < rows) y[8 * half] = pair;
+      if (row + 8 * half + 1 < rows) y[8 * half + 1] = pair >> 16;
+    }
+  }
+}
+template <bool BF16>
+__device__ __forceinline__ void load_bias(float (&bias)[2], const Call& call, int row) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int mine = row + 8 * half + threadIdx.x % LANES / 4;
+    bias[half] = call.bias && mine < call.w.rows ? to_float<BF16>(call.bias[mine]) : 0.0f;
+  }
+}
+
 // What a warpgroup, the `group`th of its block, does with its sums, 64 rows of W by TOKENS, of the tile that a part is at.
 template <bool BF16, int GROUPS, int TOKENS>
 __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, float (&sum)[TOKENS / 2], int group) {
   constexpr int FOURS = TOKENS / 8, TOGETHER = TOKENS < 128 ? 128 / TOKENS : 1;  // pieces that are on their way at a time
-  const Matrix& w = call.w;
-  const int thread = threadIdx.x % 128, lane = thread % LANES, warp = thread / LANES, block = blockIdx.x;
+  const int thread = threadIdx.x % 128, warp = thread / LANES, block = blockIdx.x;
   auto piece = [&](int block) {  // the sums that a block leaves
     return (float4*)call.partial + ((i64)block * GROUPS + group) * (FOURS * 128) + thread;
   };
@@ -664,28 +691,13 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, f
         }
     }
   }
-  // Of each 8 rows and 8 tokens a lane has two tokens of a row; it writes two rows of a token.
-  const int token_tiles = (call.tokens + TOKENS - 1) / TOKENS, tokens = now.tile % token_tiles * TOKENS + lane / 4;
-  const int rows = (now.tile / token_tiles * GROUPS + group) * 64 + warp * 16;
+  const int token_tiles = (call.tokens + TOKENS - 1) / TOKENS, token = now.tile % token_tiles * TOKENS;
+  const int row = (now.tile / token_tiles * GROUPS + group) * 64 + warp * 16;
+  float bias[2];
+  load_bias<BF16>(bias, call, row);
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int mine = rows + 8 * half + lane / 4, row = rows + 8 * half + lane % 4 * 2;
-    const float bias = call.bias && mine < w.rows ? to_float<BF16>(call.bias[mine]) : 0.0f;
-    u16* y = call.y + (i64)tokens * w.rows + row;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 8; i++) {
-      const float* both = sum + 4 * i + 2 * half;
-      const u32 pair = transposed(rounded<BF16>(both[0] + bias) | (u32)rounded<BF16>(both[1] + bias) << 16);
-      if (tokens + 8 * i < call.tokens) {
-        if (row + 1 < w.rows && w.rows % 2 == 0) *(u32*)y = pair;
-        else {
-          if (row < w.rows) y[0] = pair;
-          if (row + 1 < w.rows) y[1] = pair >> 16;
-        }
-      }
-      y += 8 * (i64)w.rows;
-    }
-  }
+  for (int i = 0; i < FOURS; i++)
+    write_sums<BF16>(call, row, token + 8 * i, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]), bias);
 }
 
 // Up to so many tokens at a time a warpgroup more reads x and brings it to the others. To wait for a kernel that arranges x
@@ -733,24 +745,57 @@ __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, 
   }
 }
 
+// What the warps of a cluster do with the sums of one tile, 64 rows of W by TOKENS, whose columns its warpgroups have shared out:
+// each leaves its own in shared memory, at `own`, `stride` bytes before those of the next warp, and adds up some of all.
+template <bool BF16, int GROUPS, int TOKENS>
+__device__ __forceinline__ void share_sums(const Call& call, int tile, const float (&sum)[TOKENS / 2], u32 own, int stride) {
+  constexpr int FOURS = TOKENS / 8, WARPS = 4 * GROUPS;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, blocks = blocks_of_cluster();
+  const int token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
+#pragma unroll
+  for (int i = 0; i < FOURS; i++)
+    store16(own + (i * LANES + lane) * 16, sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+  meet_cluster(blocks);
+  for (int i = warp * blocks + rank_in_cluster(); i < 4 * FOURS; i += WARPS * blocks) {
+    const int row = tile / token_tiles * 64 + i / FOURS * 16;
+    float bias[2];
+    load_bias<BF16>(bias, call, row);
+    float4 total = make_float4(0, 0, 0, 0);
+    for (int block = 0; block < blocks; block++)
+#pragma unroll
+      for (int group = 0; group < GROUPS; group++) {
+        const u32 theirs = own + (4 * group + i / FOURS - warp) * stride + (i % FOURS * LANES + lane) * 16;
+        const float4 found = load4_of_cluster(theirs, block);
+        total.x += found.x, total.y += found.y, total.z += found.z, total.w += found.w;
+      }
+    write_sums<BF16>(call, row, tile % token_tiles * TOKENS + i % FOURS * 8, total, bias);
+  }
+  meet_cluster(blocks);  // before a block ends whose sums others still read
+}
+
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time. Each warp of a warpgroup brings the 16 rows of W that
 // it multiplies into registers itself, as in `multiply`; x is there for all of them, by `bring_x` or by `fill`. How many blocks
-// are to be on a processor, is as `streams` in cuda.py has it.
-template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS>
-__global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 ? 2 : 1)
+// are to be on a processor, is as `streams` in cuda.py has it. ACROSS: a cluster makes 64 columns of y, one tile, whose spans its
+// warpgroups share out: then no sums go through global memory, which of 64 tokens takes two or three microseconds.
+template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS, bool ACROSS>
+__global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 && !ACROSS ? 2 : 1)
     stream(const Call call) {
   SHARED(memory);
+  static_assert(!ACROSS || TOKENS > DIRECT, "`bring_x` has one span at a time");
   constexpr int WARPS = 4 * GROUPS, X = TOKENS / 8 * TILE, AHEAD = OVERFLOW && TOKENS == 16 ? 1 : 2;
-  constexpr int STAGES = TOKENS == 256 ? 2 : 4, FILLED = STAGES / 2;  // of x; before the first step
+  constexpr int SIDE = ACROSS ? GROUPS : 1, HEIGHT = 8 * GROUPS / SIDE;      // spans, and times 8 rows, of a step
+  constexpr int STAGES = TOKENS * SIDE >= 256 ? 2 : 4, FILLED = STAGES / 2;  // of x; before the first step
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
-  const int spans = (w.columns + SPAN - 1) / SPAN, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
-  const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * X + warp * 2 * TILE;
-  const u32 table = xs + STAGES * X + (PAIRS ? 0 : WARPS * 2 * TILE), first_room = table + 128;
-  const u32 rooms = first_room + warp * AHEAD * 2 * Word::ROOM;  // of warps that multiply
-  const u32 full = first_room + WARPS * AHEAD * 2 * Word::ROOM, empty = full + 8 * STAGES;
-  Part now(call, spans, blockIdx.x), later = now, next = now;  // what is multiplied; asked for of W; of x
+  const int mine = ACROSS ? warp % 4 : warp, side = ACROSS ? warp / 4 : 0;  // of the rows, of the spans
+  const int steps = ((w.columns + SPAN - 1) / SPAN + SIDE - 1) / SIDE, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
+  const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * SIDE * X + warp * 2 * TILE;
+  const u32 table = xs + STAGES * SIDE * X + (PAIRS ? 0 : WARPS * 2 * TILE), first_room = table + 128;
+  constexpr int ROOMS = AHEAD * 2 * Word::ROOM, SUMS = ACROSS ? 64 * TOKENS : 0;  // bytes of a warp that multiplies
+  constexpr int OWN = ROOMS > SUMS ? ROOMS : SUMS;                               // one after the other
+  const u32 rooms = first_room + warp * OWN, full = first_room + WARPS * OWN, empty = full + 8 * STAGES;
+  Part now(call, steps, blockIdx.x), later = now, next = now;  // what is multiplied; asked for of W; of x
 
   const typename Word::Pieces pieces(w, lane);
   int span, group, more = 0;  // of what is asked for next, and how often before the tile of y ends
@@ -758,7 +803,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   auto room = [&](int slot, int k) { return rooms + (slot * 2 + k) * Word::ROOM; };
   auto seek = [&]() INLINE {
     if (more == 0 && later.is_left()) {
-      span = later.span(), group = later.tile / token_tiles * (8 * GROUPS) + 2 * warp, more = later.stop - later.at;
+      span = later.span() * SIDE + side, group = later.tile / token_tiles * HEIGHT + 2 * mine, more = later.stop - later.at;
       later.leave();
     }
 #pragma unroll
@@ -769,14 +814,14 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
 #pragma unroll
       for (int k = 0; k < 2; k++)
         Word::ask(room(slot, k), w, pieces, group + k, span, w.rows - ROWS * (group + k), starts[k]);
-      span++, more--;
+      span += SIDE, more--;
       seek();
     }
     commit_copies();
   };
   if (warp < WARPS) {
     if constexpr (TOKENS <= DIRECT) {
-      const int first = now.tile / token_tiles * (8 * GROUPS) + 2 * warp, groups = (w.rows + ROWS - 1) / ROWS;
+      const int first = now.tile / token_tiles * HEIGHT + 2 * mine, groups = (w.rows + ROWS - 1) / ROWS;
       for (int i = 0; i < EARLY && now.at + i < now.stop; i++)
         Word::prefetch_tile(w, first, now.span() + i, groups), Word::prefetch_tile(w, first + 1, now.span() + i, groups);
     } else {
@@ -804,8 +849,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   auto fill = [&]() INLINE {  // the next stage with the x of the next step, as `arrange` has it; one thread
     if (!next.is_left()) return;
     wait_barrier(empty + 8 * filled, filled_turn);
-    const char* from = (const char*)call.x + ((i64)(next.tile % token_tiles) * spans + next.span()) * X;
-    copy_many(xs + filled * X, from, X, full + 8 * filled);
+    const char* from = (const char*)call.x + ((i64)(next.tile % token_tiles) * steps + next.span()) * (SIDE * X);
+    copy_many(xs + filled * SIDE * X, from, SIDE * X, full + 8 * filled);
     if (++filled == STAGES) filled = 0, filled_turn ^= 1;
     next.advance();
   };
@@ -825,9 +870,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
       __syncwarp();
       ask(slot);
       if (++slot == AHEAD) slot = 0;
-      const int here = now.tile / token_tiles * (8 * GROUPS) + 2 * warp;
-      if constexpr (!PAIRS)
-        spread<2>(w, words, {here, here + 1}, now.stop - left - now.tile * spans, {tiles, tiles + TILE});
+      const int here = now.tile / token_tiles * HEIGHT + 2 * mine, here_span = (now.stop - left - now.tile * steps) * SIDE + side;
+      if constexpr (!PAIRS) spread<2>(w, words, {here, here + 1}, here_span, {tiles, tiles + TILE});
       u32 a[SPAN / 16][4];
 #pragma unroll
       for (int i = 0; i < SPAN / 16; i++)
@@ -842,7 +886,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
           }
         }
       wait_barrier(full + 8 * stage, turn);
-      const u64 x = described(xs + stage * X, BLOCK, TILE);
+      const u64 x = described(xs + (stage * SIDE + side) * X, BLOCK, TILE);
       begin_products();
 #pragma unroll
       for (int i = 0; i < SPAN / 16; i++) multiply_rows<BF16, TOKENS>(sum, a[i], further(x, 2 * BLOCK * i));
@@ -852,7 +896,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
       if (++stage == STAGES) stage = 0, turn ^= 1;
     }
     keep(sum);
-    finish_tile<BF16, GROUPS, TOKENS>(call, now, sum, warp / 4);
+    if constexpr (ACROSS) share_sums<BF16, GROUPS, TOKENS>(call, now.tile, sum, rooms, OWN);
+    else finish_tile<BF16, GROUPS, TOKENS>(call, now, sum, warp / 4);
   }
 }
 

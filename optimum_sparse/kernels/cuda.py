@@ -36,7 +36,7 @@ class Launch(NamedTuple):
     work: int = 0  # times 8 rows of `multiply`, steps of `stream`
     tile: int = 0  # `stream` only: how many tokens it takes at a time, and times 64 rows
     groups: int = 0
-    cluster: int = 1  # `multiply` only: how many blocks share out columns
+    cluster: int = 1  # how many blocks share out columns
 
 
 class Layout(NamedTuple):
@@ -107,7 +107,7 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
     launches: list[Launch] = []
     if tokens <= (4 if not layout.pairs else 0 if _is_large(layout) else 2):
         launches.append(gather(layout, tokens, (processors, most_shared)))
-    elif hopper and tokens > (4 if layout.overflow else 8):
+    elif hopper and tokens > (4 if layout.overflow or (_is_large(layout) and not layout.pairs) else 8):
         launches += streams(layout, tokens, (processors, most_shared))
     if hopper and not several:
         launches.append(multiply(layout, tokens, processors, 16, 2))
@@ -150,40 +150,56 @@ def _room(layout: Layout) -> int:
     return 64 * layout.slots + 128 + (640 if layout.overflow else 0)
 
 
-def stream(layout: Layout, tokens: int, tile: int, processors: int, groups: int = 2, blocks: int = 1) -> Launch:
-    """`stream` of `tile` tokens and 64 * groups rows at a time, with so many blocks for each processor."""
-    kernel = f"stream<{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{groups},{tile}>"
-    stages, warps = 2 if tile == 256 else 4, 4 * groups
-    spans, tiles = -(-layout.in_features // slots.SPAN), -(-layout.rows // (64 * groups)) * -(-tokens // tile)
+def stream(
+    layout: Layout, tokens: int, tile: int, processors: int, groups: int = 2, blocks: int = 1, cluster: int = 1
+) -> Launch:
+    """`stream` of `tile` tokens and 64 * groups rows at a time, with so many blocks for each processor; with clusters
+    of 64 rows, whose spans a cluster's warpgroups share out: `groups` must divide them."""
+    across, warps, side = cluster > 1, 4 * groups, groups if cluster > 1 else 1
+    template = f"{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{groups},{tile}"
+    tiles = -(-layout.rows * side // (64 * groups)) * -(-tokens // tile)
+    spans = -(-layout.in_features // slots.SPAN) // side
     steps = spans * tiles
     grid = max(1, min(steps // 2, processors * blocks))
-    pieces = -(-spans // -(-steps // grid))  # of a tile, with as many steps as a block has at most
-    grid = tiles * pieces if tiles * pieces <= grid else grid  # then no block has pieces of two tiles
+    # Of a tile, with as many steps as a block has at most.
+    pieces = cluster if across else -(-spans // -(-steps // grid))
+    grid = tiles * pieces if across or tiles * pieces <= grid else grid  # then no block has pieces of two tiles
     ahead = 1 if layout.overflow and tile == 16 else 2
-    own = 2 * (ahead * _room(layout) + (0 if layout.pairs else TILE))  # of a warp
-    shared = TILE + stages * (TILE // 8 * tile + 16) + 128 + warps * own
-    return Launch(kernel, (grid, 1), 128 * (groups + (tile <= DIRECT)), shared, steps, tile, groups)
+    own = max(2 * ahead * _room(layout), 64 * tile * across) + (0 if layout.pairs else 2 * TILE)  # of a warp
+    stages = 2 if tile * side >= 256 else 4
+    shared = TILE + stages * (TILE // 8 * tile * side + 16) + 128 + warps * own
+    name = f"stream<{template},{str(across).lower()}>"
+    return Launch(name, (grid, 1), 128 * (groups + (tile <= DIRECT)), shared, steps, tile, groups, cluster)
 
 
 def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[Launch]:
     """Those that fit, the best first: rather more tokens at a time than come, and unused, than fewer."""
     processors, most_shared = limits
+    spans = -(-layout.in_features // slots.SPAN)
     for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
-        sizes = [(2, 1)]  # how many times 64 rows a block has, and how many blocks a processor
-        if tile <= 32:  # as measured on an H200: tests/benchmarks/launches.py
-            sizes = [(4, 1), (1, 2)]
+        # Times 64 rows of a block, blocks of a processor, blocks that share out columns. As measured on an H200:
+        # tests/benchmarks/launches.py.
+        sizes = [(2, 1, 1)]
+        if tile <= 32:
+            sizes = [(4, 1, 1), (1, 2, 1)]
             if not layout.overflow and layout.rows * layout.in_features <= 2**24:
                 sizes.reverse()  # more blocks for the few rows
             elif tile == 16 and not layout.pairs and _is_large(layout):
-                sizes.insert(0, (5, 1))
+                sizes.insert(0, (5, 1, 1))
             elif tile == 16 and not (layout.pairs or layout.overflow):
-                sizes.insert(0, (2, 2))
+                sizes.insert(0, (2, 2, 1))
         elif tile <= 64:
-            sizes = [(1, 2), (2, 1)] if layout.pairs else [(2, 1), (1, 2)]
+            sizes = [(1, 2, 1), (2, 1, 1)] if layout.pairs else [(2, 1, 1), (1, 2, 1)]
             if _is_large(layout):  # what blocks leave to one another matters less
-                sizes.insert(0, (4, 1))
-        for groups, blocks in sizes:
-            launch = stream(layout, tokens, tile, processors, groups, blocks)
+                sizes.insert(0, (4, 1, 1))
+        fills = processors * 2 // 3 <= 2 * -(-layout.rows // 64) * -(-tokens // tile) <= processors
+        if fills and spans % 2 == 0 and (tile == 64 or (tile == 128 and layout.pairs)):
+            sizes.insert(0, (2, 1, 2))
+        for groups, blocks, cluster in sizes:
+            launch = stream(layout, tokens, tile, processors, groups, blocks, cluster)
+            pieces = -(-spans * launch.grid[0] // launch.work)
+            if cluster == 1 and (pieces - 1) * tile > 16 * spans:
+                continue  # to add up what so many blocks leave takes longer than more tiles
             if blocks * (launch.shared + RESERVED) <= most_shared + RESERVED:
                 yield launch
 
@@ -249,10 +265,11 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
     device = y.get_device()
     if not launch.tile:
         call.each, call.rest = divmod(launch.work, launch.grid[0] // launch.cluster)
-    else:
+    call.steps = launch.work
+    if launch.tile and launch.cluster == 1:
         parts = launch.grid[0] * launch.groups
         sums = y.new_empty(parts * 64 * launch.tile, dtype=torch.float32)
-        call.steps, call.flags, call.partial = launch.work, _own_flags(device), sums.data_ptr()
+        call.flags, call.partial = _own_flags(device), sums.data_ptr()
         if not call.flags:
             flags = y.new_zeros(parts, dtype=torch.int32)
             call.flags = flags.data_ptr()

@@ -105,6 +105,9 @@ __device__ __forceinline__ void store8(u32 at, u32 x, u32 y) {
 __device__ __forceinline__ void store4(u32 at, u32 x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
+__device__ __forceinline__ void store16(u32 at, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
 __device__ __forceinline__ u32 load4(u32 at) {
   u32 x;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
@@ -213,6 +216,15 @@ __device__ __forceinline__ float load_of_cluster(u32 at, int rank) {
                : "=f"(x) : "r"(at), "r"(rank) : "memory");
 #else
   x = __uint_as_float(load4(at));
+#endif
+  return x;
+}
+
+__device__ __forceinline__ float4 load4_of_cluster(u32 at, int rank) {
+  float4 x = make_float4(0, 0, 0, 0);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at), "r"(rank) : "memory");
 #endif
   return x;
 }

@@ -70,6 +70,21 @@ def test_a_matrix_whose_steps_are_shared_out(pattern: Pattern):
         assert torch.equal(replayed(layer, x), first)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), NM(1, 8), Unstructured(0.5), Unstructured(0.7)], ids=str)
+def test_a_matrix_whose_columns_clusters_share_out(pattern: Pattern, dtype: torch.dtype):
+    """By `stream` on Hopper, where rows are few. Blocks read one another's shared memory, so: again and again."""
+    weight = sparse((4001, 4352), pattern, dtype)
+    layer = SparseLinear.from_dense(weight, torch.randn(4001, device="cuda").to(dtype), pattern)
+    for tokens in (33, 50, 64, 100, 128):
+        x = torch.randn(tokens, 4352, device="cuda").to(dtype)
+        first = layer(x)
+        check(first, x, weight, layer.bias)
+        for _ in range(20):
+            assert torch.equal(layer(x), first)
+        assert torch.equal(replayed(layer, x), first)
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
 def test_rows_too_wide_for_shared_memory(pattern: Pattern):
     weight = sparse((19, 65536), pattern, torch.bfloat16)

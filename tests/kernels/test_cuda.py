@@ -184,6 +184,27 @@ def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, pr
 
 
 @pytest.mark.parametrize("cluster", [2, 3])
+@pytest.mark.parametrize(("tile", "groups"), [(64, 2), (64, 4), (128, 2)])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [
+        (NM(2, 4), torch.bfloat16),
+        (NM(16, 32), torch.bfloat16),
+        (NM(3, 4), torch.float16),
+        (Unstructured(0.5), torch.bfloat16),
+        (Unstructured(0.95), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_stream_across_the_columns(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, cluster: int):
+    for shape, tokens in (((70, 2048), tile + 3), ((137, 1504), tile - 5)):
+        weight = sparse(shape, pattern, dtype)
+        matrix = compress(weight, pattern)
+        launch = cuda.stream(matrix.layout, tokens, tile, 3, groups, 1, cluster)
+        check(weight, matrix, tokens, random_weight(1, shape[0])[0].to(dtype), launch)
+
+
+@pytest.mark.parametrize("cluster", [2, 3])
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), NM(3, 4), Unstructured(0.5)], ids=str)
 def test_a_cluster_shares_out_columns(pattern: Pattern, cluster: int):
     for shape in ((37, 96), (137, 1248)):
@@ -208,9 +229,22 @@ def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytes
     large = matrix.layout._replace(rows=2**14, in_features=2**12)
     numbers = (2, 8, 9, 128, 129, 512, 513)
     names = [getattr(cuda.plan(large, tokens, 0), "kernel", "").split("<")[0] for tokens in numbers]
-    more, eight = ("", "stream") if matrix.layout.overflow else ("stream", "multiply")
+    more, eight = "" if matrix.layout.overflow else "stream", "multiply" if matrix.layout.pairs else "stream"
     few = "multiply" if matrix.layout.pairs else "gather"
     assert names == [few, eight, "stream", "stream", more, more, ""]
+
+
+def test_few_rows_are_not_cut_into_many_sums(monkeypatch: pytest.MonkeyPatch):
+    """At 64 tokens: a cluster has the columns of 64 rows where that fills the GPU; else fewer tokens at a time."""
+    monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(cuda, "_limits", lambda device: (132, 227 * 1024))
+    for pairs, overflow in ((True, False), (False, False), (False, True)):
+        found = []
+        for shape in ((4096, 4096), (4096, 11008), (1024, 4096), (11008, 4096), (4096, 4064 * 32)):
+            launch = cuda.plan(cuda.Layout(torch.bfloat16, *shape, 16, pairs, overflow), 64, 0)
+            assert launch is not None
+            found.append((launch.tile, launch.cluster))
+        assert found == [(64, 2), (64, 2), (32, 1), (64, 1), (64, 2)]
 
 
 @pytest.mark.parametrize("hopper", [True, False])

@@ -241,6 +241,10 @@ inline void store8(u32 at, u32 x, u32 y) {
   std::memcpy(checked(at, 8) + 4, &y, 4);
 }
 inline void store4(u32 at, u32 x) { std::memcpy(checked(at, 4), &x, 4); }
+inline void store16(u32 at, float x, float y, float z, float w) {
+  const float4 four = {x, y, z, w};
+  std::memcpy(checked(at, 16), &four, 16);
+}
 inline u32 load4(u32 at) {
   u32 x;
   std::memcpy(&x, checked(at, 4), 4);
@@ -323,6 +327,13 @@ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 inline int blocks_of_cluster() { return cluster->size(); }
 inline int rank_in_cluster() { return blockIdx.x % cluster->size(); }
 inline void meet_cluster(int) { wait_at(cluster_barrier); }
+inline float4 load4_of_cluster(u32 at, int rank) {
+  Block* const own = block;
+  block = &(*cluster)[rank];
+  const uint4 x = load16(at);
+  block = own;
+  return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
 inline float load_of_cluster(u32 at, int rank) {
   Block* const own = block;
   block = &(*cluster)[rank];

@@ -15,13 +15,14 @@ static_assert(offsetof(Call, steps) == 76 && offsetof(Call, flags) == 80 && offs
   ENTRY(gather<BF16,1,SLOTS,OVERFLOW>) ENTRY(gather<BF16,2,SLOTS,OVERFLOW>)                    \
   ENTRY(gather<BF16,4,SLOTS,OVERFLOW>) ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,1>)            \
   ENTRY(multiply<BF16,SLOTS,OVERFLOW,PAIRS,2>) ENTRY(expand<SLOTS,OVERFLOW>)
-#define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                       \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32>)      \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,16>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,16>)      \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,32>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,5,16>)      \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64>)      \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64>)                                                    \
-  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256>)
+#define STREAM(BF16, SLOTS, OVERFLOW, PAIRS)                                                           \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,16,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,32,false>)   \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,16,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,16,false>)   \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,32,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,5,16,false>)   \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,1,64,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64,false>)   \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128,false>)  \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64,true>)   \
+  ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128,true>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64,true>)
 #define ARRANGE(PAIRS)                                                                             \
   ENTRY(arrange<64,PAIRS>) ENTRY(arrange<128,PAIRS>) ENTRY(arrange<256,PAIRS>)
 #define PER_TYPE(BF16)                                                                         \
