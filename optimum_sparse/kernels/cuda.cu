@@ -10,7 +10,7 @@
 //             tensor cores multiply. On Hopper, blocks of a cluster may share out the columns.
 //   stream    more tokens yet, on Hopper: as `multiply`, by warpgroups, for all of which x is in shared memory: one warpgroup
 //             brings it, or, of many tokens, `arrange` has written it in order. All steps of the whole product are shared
-//             out evenly.
+//             out evenly; or clusters, each with 64 rows, share out the columns.
 //   expand    writes the dense W.
 //
 // The layout is that of formats/slots.py: SLOTS values per word, and what a word has more in a list: OVERFLOW.
@@ -37,6 +37,7 @@ struct Call {
   int each, rest;  // `multiply` only: how many times 8 rows a cluster has; the first `rest` clusters have one more
   // What follows is for `stream` only.
   u32 steps;       // a span of a tile of y each; times blocks that is less than 2^32
+  // And, if not ACROSS:
   int* flags;      // [blocks, GROUPS], all 0 before and after
   float* partial;  // [blocks, GROUPS, ...]
 };
@@ -776,7 +777,7 @@ __device__ __forceinline__ void share_sums(const Call& call, int tile, const flo
 // A block makes 64 * GROUPS columns of y for TOKENS tokens at a time. Each warp of a warpgroup brings the 16 rows of W that
 // it multiplies into registers itself, as in `multiply`; x is there for all of them, by `bring_x` or by `fill`. How many blocks
 // are to be on a processor, is as `streams` in cuda.py has it. ACROSS: a cluster makes 64 columns of y, one tile, whose spans its
-// warpgroups share out: then no sums go through global memory, which of 64 tokens takes two or three microseconds.
+// warpgroups share out evenly: then no sums go through global memory, which of 64 tokens takes two or three microseconds.
 template <bool BF16, int SLOTS, bool OVERFLOW, bool PAIRS, int GROUPS, int TOKENS, bool ACROSS>
 __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 4 && TOKENS <= 64 && !ACROSS ? 2 : 1)
     stream(const Call call) {
@@ -789,7 +790,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int mine = ACROSS ? warp % 4 : warp, side = ACROSS ? warp / 4 : 0;  // of the rows, of the spans
-  const int steps = ((w.columns + SPAN - 1) / SPAN + SIDE - 1) / SIDE, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
+  const int steps = (w.columns + SPAN - 1) / SPAN / SIDE, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * SIDE * X + warp * 2 * TILE;
   const u32 table = xs + STAGES * SIDE * X + (PAIRS ? 0 : WARPS * 2 * TILE), first_room = table + 128;
   constexpr int ROOMS = AHEAD * 2 * Word::ROOM, SUMS = ACROSS ? 64 * TOKENS : 0;  // bytes of a warp that multiplies

@@ -154,11 +154,12 @@ def stream(
     layout: Layout, tokens: int, tile: int, processors: int, groups: int = 2, blocks: int = 1, cluster: int = 1
 ) -> Launch:
     """`stream` of `tile` tokens and 64 * groups rows at a time, with so many blocks for each processor; with clusters
-    of 64 rows, whose spans a cluster's warpgroups share out: `groups` must divide them."""
+    of 64 rows, whose spans a cluster's warpgroups share out."""
     across, warps, side = cluster > 1, 4 * groups, groups if cluster > 1 else 1
+    assert not across or _can_share_out(layout, groups, cluster), (layout, groups, cluster)
     template = f"{TYPES[layout.dtype]},{layout.template},{str(layout.pairs).lower()},{groups},{tile}"
     tiles = -(-layout.rows * side // (64 * groups)) * -(-tokens // tile)
-    spans = -(-layout.in_features // slots.SPAN) // side
+    spans = _spans(layout) // side
     steps = spans * tiles
     grid = max(1, min(steps // 2, processors * blocks))
     # Of a tile, with as many steps as a block has at most.
@@ -172,10 +173,18 @@ def stream(
     return Launch(name, (grid, 1), 128 * (groups + (tile <= DIRECT)), shared, steps, tile, groups, cluster)
 
 
+def _spans(layout: Layout) -> int:
+    return -(-layout.in_features // slots.SPAN)
+
+
+def _can_share_out(layout: Layout, groups: int, cluster: int) -> bool:
+    """Whether the warpgroups of each block of a cluster have equally many spans, and some."""
+    return _spans(layout) % groups == 0 and _spans(layout) // groups >= cluster
+
+
 def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[Launch]:
     """Those that fit, the best first: rather more tokens at a time than come, and unused, than fewer."""
     processors, most_shared = limits
-    spans = -(-layout.in_features // slots.SPAN)
     for tile in sorted(TILES, key=lambda tile: (tile < tokens, abs(tile - tokens))):
         # Times 64 rows of a block, blocks of a processor, blocks that share out columns. As measured on an H200:
         # tests/benchmarks/launches.py.
@@ -192,14 +201,16 @@ def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[La
             sizes = [(1, 2, 1), (2, 1, 1)] if layout.pairs else [(2, 1, 1), (1, 2, 1)]
             if _is_large(layout):  # what blocks leave to one another matters less
                 sizes.insert(0, (4, 1, 1))
-        fills = processors * 2 // 3 <= 2 * -(-layout.rows // 64) * -(-tokens // tile) <= processors
-        if fills and spans % 2 == 0 and (tile == 64 or (tile == 128 and layout.pairs)):
+        blocks_of_pairs = 2 * -(-layout.rows // 64) * -(-tokens // tile)
+        fills = processors * 2 // 3 <= blocks_of_pairs <= processors
+        if fills and _can_share_out(layout, 2, 2) and (tile == 64 or (tile == 128 and layout.pairs)):
             sizes.insert(0, (2, 1, 2))
         for groups, blocks, cluster in sizes:
             launch = stream(layout, tokens, tile, processors, groups, blocks, cluster)
-            pieces = -(-spans * launch.grid[0] // launch.work)
-            if cluster == 1 and (pieces - 1) * tile > 16 * spans:
-                continue  # to add up what so many blocks leave takes longer than more tiles
+            if cluster == 1 and tokens <= 64:
+                pieces = -(-_spans(layout) * launch.grid[0] // launch.work)
+                if (pieces - 1) * tile > 16 * _spans(layout):
+                    continue  # to add up what so many blocks leave takes longer than more tiles
             if blocks * (launch.shared + RESERVED) <= most_shared + RESERVED:
                 yield launch
 

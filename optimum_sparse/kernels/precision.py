@@ -73,9 +73,9 @@ def onednn_fp32(precision: str = "tf32") -> Iterator[None]:
 def fast_forward(x: torch.Tensor, block: nn.Module | None = None) -> Iterator[None]:
     """Forward passes and Gram products for inputs like x as fast as they get without harm to pruning.
 
-    On CUDA: RMSNorms of `block` in one kernel each, rotary embeddings in three. If x is fp32, and the device
-    multiplies bf16 (CUDA; AMX or AVX512-BF16): linears and attention in bf16 between fp32 sums, Gram products of bf16
-    inputs with fp32 sums.
+    On CUDA: RMSNorms of `block` in one kernel each, rotary embeddings in three unless x is fp32. If x is fp32, and
+    the device multiplies bf16 (CUDA; AMX or AVX512-BF16): linears and attention in bf16 between fp32 sums, Gram
+    products of bf16 inputs with fp32 sums.
     SmolLM2-135M, SparseGPT 2:4, 64 x 1024 tokens, AMX, 8 threads: 57 s instead of 111 s, perplexity 80.8 instead of
     81.2 (rounding alone moves it by 0.5). On other CPUs: `onednn_fp32`.
     """
@@ -169,16 +169,19 @@ def fused_rotary(block: nn.Module) -> Iterator[None]:
     """
     names = {base.__module__ for module in block.modules() for base in type(module).__mro__}
     files: list[Any] = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "apply_rotary_pos_emb")]
-    with _rotary_lock:
-        for file in files:
-            found = _rotary_found.setdefault(file, [])
-            found.append(file.apply_rotary_pos_emb)
-            file.apply_rotary_pos_emb = _fused_rotary(found[0])
+    replaced: list[Any] = []
     try:
+        with _rotary_lock:
+            for file in files:
+                found = _rotary_found.setdefault(file, [])
+                fused = _fused_rotary(found[0] if found else file.apply_rotary_pos_emb)
+                found.append(file.apply_rotary_pos_emb)
+                replaced.append(file)
+                file.apply_rotary_pos_emb = fused
         yield
     finally:
         with _rotary_lock:
-            for file in files:
+            for file in replaced:
                 file.apply_rotary_pos_emb = _rotary_found[file].pop()  # the last to end gets what was there
 
 
@@ -187,7 +190,7 @@ def _fused_rotary(rotary: Callable) -> Callable:
     """What does the same faster, or rotary itself where it takes something else or gives something else.
 
     Others interleave the halves, or take positions. The fused one leaves to rotary what has a gradient, and what is
-    not alike: cos and sin shorter than a head, or in fp32 for a single rounding.
+    not alike: cos and sin shorter than a head, in fp32 for a single rounding, or of more positions than q.
     """
 
     def fused(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> Any:
@@ -195,8 +198,11 @@ def _fused_rotary(rotary: Callable) -> Callable:
         alike = len({(x.dtype, x.device, x.shape[-1]) for x in tensors}) == 1 and cos.shape == sin.shape
         if not alike or q.shape[-1] % 2 or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return rotary(q, k, cos, sin, unsqueeze_dim)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+        each_cos, each_sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        sizes = [pair for x in (q, k) for pair in zip(each_cos.shape, x.shape, strict=False)]
+        if not q.dim() == k.dim() == each_cos.dim() or any(size not in (1, wanted) for size, wanted in sizes):
+            return rotary(q, k, cos, sin, unsqueeze_dim)
+        return _rotated(q, each_cos, each_sin), _rotated(k, each_cos, each_sin)
 
     generator = torch.Generator("cpu").manual_seed(0)
     shapes = [(2, 2, 3, 8), (2, 1, 3, 8), (2, 3, 8), (2, 3, 8)]

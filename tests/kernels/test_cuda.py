@@ -197,7 +197,10 @@ def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, pr
     ids=str,
 )
 def test_stream_across_the_columns(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, cluster: int):
-    for shape, tokens in (((70, 2048), tile + 3), ((137, 1504), tile - 5)):
+    for shape, tokens in (
+        ((70, 128 * groups * cluster), tile + 3),
+        ((137, 1504), tile - 5),
+    ):  # one step each, and some
         weight = sparse(shape, pattern, dtype)
         matrix = compress(weight, pattern)
         launch = cuda.stream(matrix.layout, tokens, tile, 3, groups, 1, cluster)
@@ -238,13 +241,24 @@ def test_few_rows_are_not_cut_into_many_sums(monkeypatch: pytest.MonkeyPatch):
     """At 64 tokens: a cluster has the columns of 64 rows where that fills the GPU; else fewer tokens at a time."""
     monkeypatch.setattr(cuda, "_is_hopper", lambda device: True)
     monkeypatch.setattr(cuda, "_limits", lambda device: (132, 227 * 1024))
-    for pairs, overflow in ((True, False), (False, False), (False, True)):
-        found = []
-        for shape in ((4096, 4096), (4096, 11008), (1024, 4096), (11008, 4096), (4096, 4064 * 32)):
-            launch = cuda.plan(cuda.Layout(torch.bfloat16, *shape, 16, pairs, overflow), 64, 0)
-            assert launch is not None
-            found.append((launch.tile, launch.cluster))
-        assert found == [(64, 2), (64, 2), (32, 1), (64, 1), (64, 2)]
+    pairs, even, overflow = [
+        cuda.Layout(torch.bfloat16, 4096, 4096, 16, *which) for which in ((True, False), (False, False), (False, True))
+    ]
+
+    def chosen(layout: cuda.Layout, tokens: int, rows: int = 4096, in_features: int = 4096) -> tuple[int, int]:
+        launch = cuda.plan(layout._replace(rows=rows, in_features=in_features), tokens, 0)
+        assert launch is not None
+        return launch.tile, launch.cluster
+
+    for layout in (pairs, even, overflow):
+        for in_features in (512, 4096, 11008):
+            assert chosen(layout, 64, in_features=in_features) == (64, 2)
+        for in_features in (96, 256, 384, 4224):  # the warpgroups of two blocks cannot share that out evenly
+            assert chosen(layout, 64, in_features=in_features)[1] == 1
+        assert chosen(layout, 64, rows=11008) == (64, 1)
+        assert chosen(layout, 64, rows=1024) == (32, 1)
+        assert chosen(layout, 64, rows=2048) == (64, 1)
+    assert [chosen(layout, 128) for layout in (pairs, even, overflow)] == [(128, 2), (128, 1), (128, 1)]
 
 
 @pytest.mark.parametrize("hopper", [True, False])

@@ -246,6 +246,8 @@ def test_rotary_itself_computes_what_is_not_alike_or_has_a_gradient():
         calls.append(unsqueeze_dim)
         if cos.shape[-1] == 4:  # of 5, or of a head that the function turns a part of
             return q, k
+        if unsqueeze_dim == 1 and q.shape[2] < cos.shape[1]:  # the last positions
+            return modeling_llama.apply_rotary_pos_emb(q, q, cos[:, -q.shape[2] :], sin[:, -q.shape[2] :])[0], k
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
 
     fused = precision._fused_rotary(rotary)
@@ -264,6 +266,8 @@ def test_rotary_itself_computes_what_is_not_alike_or_has_a_gradient():
         (q, k.float(), cos, sin),
         (q, k, cos[..., :4], sin[..., :4]),
         (q, k, cos, sin[:1]),
+        (q[:, :, -3:], k, cos, sin),  # which rotary refuses, or takes the last positions for
+        (q[:, :, -1:], k, cos, sin),
         rotary_inputs(torch.bfloat16, size=5),
     ):
         wanted = rotary(*given)
