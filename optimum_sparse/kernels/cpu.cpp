@@ -470,12 +470,46 @@ void expand(int level, const Matrix<T>& w, T* dense) {
 
 // ---- the disk format from dense weights, whatever their type: U has as many bits
 
+#ifdef X86
+
+// Of the first columns of a row, 32 at a time; returns how many.
+AVX512 inline int64_t nonzero_bits_avx512(const uint16_t* w, int64_t columns, uint8_t* mask) {
+  int64_t column = 0;
+  for (; column + 32 <= columns; column += 32) {
+    const __m512i here = _mm512_loadu_si512(w + column);
+    const uint32_t bits = _mm512_test_epi16_mask(here, _mm512_set1_epi16(0x7fff));  // but for the sign
+    std::memcpy(mask + column / 8, &bits, 4);
+  }
+  return column;
+}
+// Also moves `to`, whose room ends at `end`: other threads write behind that.
+AVX512 inline int64_t take_kept_avx512(const uint16_t* w, int64_t columns, const uint8_t* mask, uint16_t*& to, uint16_t* end) {
+  int64_t column = 0;
+  for (; column + 32 <= columns; column += 32) {
+    uint32_t bits;
+    std::memcpy(&bits, mask + column / 8, 4);
+    const __m512i kept = _mm512_maskz_compress_epi16(bits, _mm512_loadu_si512(w + column));
+    const int count = std::popcount(bits);
+    if (end - to >= 32) _mm512_storeu_si512(to, kept);  // which takes a fraction of what a store with a mask does
+    else _mm512_mask_storeu_epi16(to, first_bits(count), kept);
+    to += count;
+  }
+  return column;
+}
+
+#endif
+
 template <class U>
-void nonzero_bits(const U* w, int64_t rows, int64_t columns, uint8_t* mask) {
+void nonzero_bits(int level, const U* w, int64_t rows, int64_t columns, uint8_t* mask) {
   const int64_t bytes = (columns + 7) / 8;
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t byte = 0; byte < bytes; byte++) {
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t done = 0;
+#ifdef X86
+    if constexpr (sizeof(U) == 2)
+      if (level >= VIA_AVX512) done = nonzero_bits_avx512(w + row * columns, columns, mask + row * bytes);
+#endif
+    for (int64_t byte = done / 8; byte < bytes; byte++) {
       const U* here = w + row * columns + 8 * byte;
       const int64_t there = std::min<int64_t>(8, columns - 8 * byte);
       auto pack = [here](int64_t count) {
@@ -485,17 +519,23 @@ void nonzero_bits(const U* w, int64_t rows, int64_t columns, uint8_t* mask) {
       };
       mask[row * bytes + byte] = there == 8 ? pack(8) : pack(there);  // the compiler unrolls the first
     }
+  }
 }
 
 // `starts` count what `mask` has.
 template <class U>
-void take_kept(const U* w, const uint8_t* mask, const int64_t* starts, int64_t rows, int64_t columns, U* values) {
+void take_kept(int level, const U* w, const uint8_t* mask, const int64_t* starts, int64_t rows, int64_t columns, U* values) {
   const int64_t bytes = (columns + 7) / 8;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     U* to = values + starts[row];
     const U* here = w + row * columns;
-    for (int64_t byte = 0; byte < bytes; byte += 8)
+    int64_t done = 0;
+#ifdef X86
+    if constexpr (sizeof(U) == 2)
+      if (level >= VIA_AVX512) done = take_kept_avx512(here, columns, mask + row * bytes, to, values + starts[row + 1]);
+#endif
+    for (int64_t byte = done / 8; byte < bytes; byte += 8)
       for (uint64_t bits = word(mask + row * bytes + byte, bytes - byte); bits; bits &= bits - 1)
         *to++ = here[8 * byte + std::countr_zero(bits)];
   }
@@ -550,19 +590,18 @@ void optimum_sparse_cpu_linear(int type, MATRIX, int level, const void* x, int64
 }
 
 // The mask of the disk format for a dense w [rows, columns] of elements of 1, 2, 4 or 8 bytes.
-void optimum_sparse_cpu_nonzero_bits(int bytes, const void* w, int64_t rows, int64_t columns, uint8_t* mask) {
-  with_bytes(bytes, [&](auto zero) { nonzero_bits((const decltype(zero)*)w, rows, columns, mask); });
+void optimum_sparse_cpu_nonzero_bits(int bytes, const void* w, int64_t rows, int64_t columns, int level, uint8_t* mask) {
+  with_bytes(bytes, [&](auto u) { nonzero_bits(level, (const decltype(u)*)w, rows, columns, mask); });
 }
+
 // And the values that a mask keeps; starts [rows + 1] are those of the mask.
 void optimum_sparse_cpu_take_kept(int bytes, const void* w, const uint8_t* mask, const int64_t* starts, int64_t rows,
-                                  int64_t columns, void* values) {
-  with_bytes(bytes, [&](auto zero) {
-    using U = decltype(zero);
-    take_kept((const U*)w, mask, starts, rows, columns, (U*)values);
+                                  int64_t columns, int level, void* values) {
+  with_bytes(bytes, [&](auto u) {
+    take_kept(level, (const decltype(u)*)w, mask, starts, rows, columns, (decltype(u)*)values);
   });
 }
 
-// y [rows, columns] = W.
 void optimum_sparse_cpu_expand(int type, MATRIX, int level, void* y) {
   with_type(type, [&](auto zero) {
     using T = decltype(zero);

@@ -36,8 +36,8 @@ def library() -> ctypes.CDLL | None:
     found.optimum_sparse_cpu_linear.argtypes = [*matrix, number, pointer, integer, pointer, pointer]
     found.optimum_sparse_cpu_expand.argtypes = [*matrix, number, pointer]
     found.optimum_sparse_cpu_nonzero_bits.restype = found.optimum_sparse_cpu_take_kept.restype = None
-    found.optimum_sparse_cpu_nonzero_bits.argtypes = [number, pointer, integer, integer, pointer]
-    found.optimum_sparse_cpu_take_kept.argtypes = [number, pointer, pointer, pointer, integer, integer, pointer]
+    found.optimum_sparse_cpu_nonzero_bits.argtypes = [number, pointer, integer, integer, number, pointer]
+    found.optimum_sparse_cpu_take_kept.argtypes = [number, pointer, pointer, pointer, *[integer] * 2, number, pointer]
     return found
 
 
@@ -91,10 +91,11 @@ def _nonzero_bits(weight: Tensor) -> Tensor:
     found = library()
     if found is None:
         return bitmask.nonzero_bits_reference(weight)
-    weight, (rows, columns) = weight.contiguous(), weight.shape
-    mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
+    weight = weight.contiguous()
+    mask = torch.empty(len(weight), -(-weight.shape[1] // 8), dtype=torch.uint8)
     torch.get_num_threads()  # as in `_call`
-    found.optimum_sparse_cpu_nonzero_bits(weight.element_size(), weight.data_ptr(), rows, columns, mask.data_ptr())
+    matrix = weight.element_size(), weight.data_ptr(), *weight.shape
+    found.optimum_sparse_cpu_nonzero_bits(*matrix, best_level(), mask.data_ptr())
     return mask
 
 
@@ -107,7 +108,7 @@ def _take_kept(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
     values = weight.new_empty(int(starts[-1]))
     torch.get_num_threads()
     matrix = weight.element_size(), weight.data_ptr(), mask.data_ptr(), starts.data_ptr(), *weight.shape
-    found.optimum_sparse_cpu_take_kept(*matrix, values.data_ptr())
+    found.optimum_sparse_cpu_take_kept(*matrix, best_level(), values.data_ptr())
     return values
 
 

@@ -164,15 +164,17 @@ def test_nm_refuses_a_width_that_is_no_multiple_of_the_group():
             call()
 
 
+@pytest.mark.parametrize("level", range(len(cpu.LEVELS)), ids=cpu.LEVELS.__getitem__)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_kernels_do_what_their_references_do(dtype: torch.dtype):
-    if cpu.library() is None:
-        pytest.skip("the CPU kernels were not built")
+def test_kernels_do_what_their_references_do(dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch):
+    if cpu.library() is None or level > cpu.best_level():
+        pytest.skip("the CPU kernels were not built, or for more than this CPU")
+    monkeypatch.setattr(cpu, "best_level", lambda: level)
 
     def equal_bits(left: Tensor, right: Tensor) -> bool:
         return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
-    for rows, columns in ((5, 1), (3, 7), (1, 8), (9, 61), (37, 64), (2, 200)):
+    for rows, columns in ((5, 1), (3, 7), (1, 8), (9, 61), (37, 64), (2, 200), (70, 328)):
         weight = random_weight(rows, columns).masked_fill(random_weight(rows, columns, seed=1) < 0, 0.0)
         weight[0, 0], weight[-1, -1] = -0.0, float("nan")
         weight = weight.to(dtype)
@@ -186,6 +188,24 @@ def test_kernels_do_what_their_references_do(dtype: torch.dtype):
         )
         dense = bitmask.put_kept(values, mask, columns)
         assert equal_bits(dense, bitmask.put_kept_reference(values, mask, columns))
+
+
+@pytest.mark.parametrize("level", range(len(cpu.LEVELS)), ids=cpu.LEVELS.__getitem__)
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+def test_kept_values_end_where_they_should(level: int, density: float):
+    """Stores of whole vectors must not reach what other threads write, nor what is behind the last row."""
+    found = cpu.library()
+    if found is None or level > cpu.best_level():
+        pytest.skip("the CPU kernels were not built, or for more than this CPU")
+    for columns in (32, 64, 96, 100, 256):
+        keep = torch.rand(1, columns, generator=torch.Generator().manual_seed(columns)) < density
+        weight, mask = torch.arange(1, columns + 1, dtype=torch.int16)[None], bitmask.pack_bits(keep)
+        starts, values = bitmask.row_starts(mask), torch.full((columns + 64,), -1, dtype=torch.int16)
+        count = int(starts[-1])
+        pointers = weight.data_ptr(), mask.data_ptr(), starts.data_ptr()
+        found.optimum_sparse_cpu_take_kept(2, *pointers, 1, columns, level, values.data_ptr())
+        assert torch.equal(values[:count], weight[keep])
+        assert (values[count:] == -1).all()
 
 
 @pytest.mark.parametrize("numpy", [1, 2])
