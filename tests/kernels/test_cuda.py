@@ -23,6 +23,8 @@ from optimum_sparse.nn import linear as layer_module
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 PATTERNS = [NM(2, 4), NM(1, 2), NM(4, 8), NM(16, 32), NM(3, 4), NM(3, 6)]
 PATTERNS += [Unstructured(0.5), Unstructured(0.6), Unstructured(0.95)]
+STREAMED = [(pattern, torch.bfloat16) for pattern in (NM(2, 4), NM(16, 32), Unstructured(0.5), Unstructured(0.95))]
+STREAMED += [(NM(3, 4), torch.float16)]
 KERNELS = Path(cuda.__file__).parent
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -163,17 +165,7 @@ def test_a_layer_from_the_op_to_the_kernel(
 @pytest.mark.parametrize(
     ("tile", "groups"), [(16, 1), (16, 2), (16, 4), (16, 5), (32, 1), (32, 4), (64, 1), (64, 4), (128, 2), (256, 2)]
 )
-@pytest.mark.parametrize(
-    ("pattern", "dtype"),
-    [
-        (NM(2, 4), torch.bfloat16),
-        (NM(16, 32), torch.bfloat16),
-        (NM(3, 4), torch.float16),
-        (Unstructured(0.5), torch.bfloat16),
-        (Unstructured(0.95), torch.bfloat16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("pattern", "dtype"), STREAMED, ids=str)
 def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, processors: int):
     for shape in ((70, 96), (137, 1248)) if tile <= 32 else ((70, 1248),):
         weight = sparse(shape, pattern, dtype)
@@ -185,17 +177,7 @@ def test_stream(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, pr
 
 @pytest.mark.parametrize("cluster", [2, 3])
 @pytest.mark.parametrize(("tile", "groups"), [(64, 2), (64, 4), (128, 2)])
-@pytest.mark.parametrize(
-    ("pattern", "dtype"),
-    [
-        (NM(2, 4), torch.bfloat16),
-        (NM(16, 32), torch.bfloat16),
-        (NM(3, 4), torch.float16),
-        (Unstructured(0.5), torch.bfloat16),
-        (Unstructured(0.95), torch.bfloat16),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("pattern", "dtype"), STREAMED, ids=str)
 def test_stream_across_the_columns(pattern: Pattern, dtype: torch.dtype, tile: int, groups: int, cluster: int):
     for shape, tokens in (
         ((70, 128 * groups * cluster), tile + 3),
