@@ -201,9 +201,9 @@ def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[La
             sizes = [(1, 2, 1), (2, 1, 1)] if layout.pairs else [(2, 1, 1), (1, 2, 1)]
             if _is_large(layout):  # what blocks leave to one another matters less
                 sizes.insert(0, (4, 1, 1))
-        blocks_of_pairs = 2 * -(-layout.rows // 64) * -(-tokens // tile)
-        fills = processors * 2 // 3 <= blocks_of_pairs <= processors
-        if fills and _can_share_out(layout, 2, 2) and (tile == 64 or (tile == 128 and layout.pairs)):
+        clusters = -(-layout.rows // 64) * -(-tokens // tile)
+        fill = 2 / 3 <= 2 * clusters / processors <= 1
+        if fill and _can_share_out(layout, 2, 2) and (tile == 64 or (tile == 128 and layout.pairs)):
             sizes.insert(0, (2, 1, 2))
         for groups, blocks, cluster in sizes:
             launch = stream(layout, tokens, tile, processors, groups, blocks, cluster)

@@ -221,11 +221,9 @@ __device__ __forceinline__ float load_of_cluster(u32 at, int rank) {
 }
 
 __device__ __forceinline__ float4 load4_of_cluster(u32 at, int rank) {
-  float4 x = make_float4(0, 0, 0, 0);
-#if __CUDA_ARCH__ >= 900
+  float4 x;
   asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(at), "r"(rank) : "memory");
-#endif
   return x;
 }
 

@@ -85,17 +85,18 @@ def candidates(layout: cuda.Layout, tokens: int) -> list[cuda.Launch]:
     if torch.cuda.get_device_capability() >= cuda.HOPPER and tokens <= 64:
         launches += [cuda.multiply(layout, tokens, *how, cluster=2) for how in ((processors, 16), (2 * processors, 8))]
     if torch.cuda.get_device_capability() == cuda.HOPPER:
-        for tile in cuda.TILES:
-            for groups, blocks, cluster in ((1, 2, 1), (2, 1, 1), (2, 2, 1), (4, 1, 1), (5, 1, 1), (2, 1, 2)):
-                if tile > max(16, 2 * tokens - 1) or tokens > 8 * tile or (groups == 5 and tile > 16):
-                    continue
-                if (blocks == 2 and tile > 64) or (groups > 2 and tile > 64) or (cluster > 1 and tile <= cuda.DIRECT):
-                    continue
-                if cluster > 1 and not cuda._can_share_out(layout, groups, cluster):
-                    continue
-                launches.append(cuda.stream(layout, tokens, tile, processors, groups, blocks, cluster))
-                if blocks * (launches[-1].shared + cuda.RESERVED) > most_shared + cuda.RESERVED:
-                    launches.pop()
+        for tile in (tile for tile in cuda.TILES if tile == 16 or tokens / 8 <= tile < 2 * tokens):
+            sizes = [(2, 1, 1)]
+            if tile <= 64:
+                sizes += [(1, 2, 1), (2, 2, 1), (4, 1, 1)]
+            if tile == 16:
+                sizes.append((5, 1, 1))
+            if tile > cuda.DIRECT and cuda._can_share_out(layout, 2, 2):
+                sizes.append((2, 1, 2))
+            for groups, blocks, cluster in sizes:
+                launch = cuda.stream(layout, tokens, tile, processors, groups, blocks, cluster)
+                if blocks * (launch.shared + cuda.RESERVED) <= most_shared + cuda.RESERVED:
+                    launches.append(launch)
     return [launch for launch in launches if launch.shared <= most_shared]
 
 

@@ -3,6 +3,8 @@
 import functools
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -75,30 +77,36 @@ def test_full_fp32_is_full_on_every_device():
         torch.set_float32_matmul_precision(set_before)
 
 
-def test_overlapping_uses_leave_nothing_behind():
-    """Of two threads, the one that began first ends first; inside, none gets less than it asked for."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
+def seen_in_overlapping(first: AbstractContextManager, second: AbstractContextManager, look: Callable) -> list:
+    """What `look` sees in the first context, in both, and in the second alone. Each is a thread's own."""
     begun, second_began, ended = threading.Event(), threading.Event(), threading.Event()
     seen = []
 
-    def first() -> None:
-        with precision.onednn_fp32("bf16"):
-            seen.append(matmul.fp32_precision)
+    def enter_first() -> None:
+        with first:
+            seen.append(look())
             begun.set()
             second_began.wait(10)
         ended.set()
 
-    thread = threading.Thread(target=first)
+    thread = threading.Thread(target=enter_first)
     thread.start()
     begun.wait(10)
-    with precision.onednn_fp32("tf32"):
-        seen.append(matmul.fp32_precision)
+    with second:
+        seen.append(look())
         second_began.set()
-        ended.wait(10)
-        seen.append(matmul.fp32_precision)
+        assert ended.wait(10)
+        seen.append(look())
     thread.join()
-    assert seen == ["bf16", "tf32", "tf32"]
+    return seen
+
+
+def test_overlapping_uses_leave_nothing_behind():
+    """Of two threads, the one that began first ends first; inside, none gets less than it asked for."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    first, second = precision.onednn_fp32("bf16"), precision.onednn_fp32("tf32")
+    assert seen_in_overlapping(first, second, lambda: matmul.fp32_precision) == ["bf16", "tf32", "tf32"]
     assert matmul.fp32_precision == before
 
 
@@ -353,22 +361,8 @@ def test_rotary_embeddings_come_back():
         assert modeling_llama.apply_rotary_pos_emb is fused
     assert modeling_llama.apply_rotary_pos_emb is rotary
 
-    begun, second_began, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def first() -> None:
-        with precision.fused_rotary(block):
-            begun.set()
-            second_began.wait(10)
-        ended.set()
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    begun.wait(10)
-    with precision.fused_rotary(block):
-        second_began.set()
-        assert ended.wait(10)
-        assert modeling_llama.apply_rotary_pos_emb is fused
-    thread.join()
+    first, second = precision.fused_rotary(block), precision.fused_rotary(block)
+    assert seen_in_overlapping(first, second, lambda: modeling_llama.apply_rotary_pos_emb) == [fused] * 3
     assert modeling_llama.apply_rotary_pos_emb is rotary
 
 

@@ -336,19 +336,20 @@ inline void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 inline int blocks_of_cluster() { return cluster->size(); }
 inline int rank_in_cluster() { return blockIdx.x % cluster->size(); }
 inline void meet_cluster(int) { wait_at(cluster_barrier); }
-inline float4 load4_of_cluster(u32 at, int rank) {
+template <class Load>
+inline auto of_cluster(int rank, Load load) {
   Block* const own = block;
   block = &(*cluster)[rank];
-  const uint4 x = load16(at);
+  const auto x = load();
   block = own;
-  return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+  return x;
 }
 inline float load_of_cluster(u32 at, int rank) {
-  Block* const own = block;
-  block = &(*cluster)[rank];
-  const u32 x = load4(at);
-  block = own;
-  return __uint_as_float(x);
+  return __uint_as_float(of_cluster(rank, [=] { return load4(at); }));
+}
+inline float4 load4_of_cluster(u32 at, int rank) {
+  const uint4 x = of_cluster(rank, [=] { return load16(at); });
+  return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
 }
 inline void start_barrier(u32 at, int arrivals) {
   checked(at, 8);
