@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,7 +106,8 @@ def _take_kept(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
     if found is None:
         return bitmask.take_kept_reference(weight, mask, starts)
     weight, mask, starts = weight.contiguous(), mask.contiguous(), starts.contiguous()
-    values = weight.new_empty(int(starts[-1]))
+    # numpy asks for large pages, PyTorch does not: to touch new small ones takes longer than all else here.
+    values = torch.from_numpy(np.empty(int(starts[-1]), f"i{weight.element_size()}")).view(weight.dtype)
     torch.get_num_threads()
     matrix = weight.element_size(), weight.data_ptr(), mask.data_ptr(), starts.data_ptr(), *weight.shape
     found.optimum_sparse_cpu_take_kept(*matrix, best_level(), values.data_ptr())
