@@ -133,25 +133,24 @@ __device__ void spread_x(const Call& call, float* staged) {
   }
 }
 
-// Adds value * x of one column.
+// Adds value * x of one column, whose numbers are at `x` in shared memory.
 template <int TOKENS>
-__device__ __forceinline__ void add(float value, const void* x, float (&sum)[TOKENS]) {
+__device__ __forceinline__ void add(float value, u32 x, float (&sum)[TOKENS]) {
+  auto number = [](u32 bits) { return __uint_as_float(bits); };
   if constexpr (TOKENS == 1) {
-    sum[0] += value * *(const float*)x;
+    sum[0] += value * number(load4(x));
   } else if constexpr (TOKENS == 2) {
-    const float2 two = *(const float2*)x;
-    sum[0] += value * two.x, sum[1] += value * two.y;
+    const uint2 two = load8(x);
+    sum[0] += value * number(two.x), sum[1] += value * number(two.y);
   } else {
-    const float4 four = *(const float4*)x;
-    sum[0] += value * four.x, sum[1] += value * four.y, sum[2] += value * four.z, sum[3] += value * four.w;
+    const uint4 four = load16(x);
+    sum[0] += value * number(four.x), sum[1] += value * number(four.y);
+    sum[2] += value * number(four.z), sum[3] += value * number(four.w);
   }
 }
 
 template <int SLOTS>
-__device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16* from, bool there) {
-#pragma unroll
-  for (int i = 0; i < SLOTS / 2; i++) values[i] = 0;
-  if (!there) return;
+__device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16* from) {
   if constexpr (SLOTS % 8 == 0) {
 #pragma unroll
     for (int i = 0; i < SLOTS / 8; i++) {
@@ -167,42 +166,49 @@ __device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16*
   }
 }
 
-// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
+// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile. What bounds this kernel is the number of
+// its instructions.
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(1024) gather(const Call call) {
   SHARED(memory);
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, stride = gridDim.x * (blockDim.x / LANES);
-  const int words = w.columns / 32, steps = (words + STEP - 1) / STEP;
-  int row = blockIdx.x * (blockDim.x / LANES) + warp, step = 0;
-  float* staged = (float*)memory;
-  u32 bits, values[SLOTS / 2], entries[2];             // of the next step, and the first two of a lane's overflow
-  int extra, extra_end, next_extra = 0, next_end = 0;  // where that is, and that of the step after
-  auto seek = [&](int row, int step) {
+  const u32 words = w.columns / 32, steps = (words + STEP - 1) / STEP;
+  constexpr int CELL = 4 * TOKENS, ROUNDS = 2;  // bytes; of its row's overflow that a step takes, an entry for each lane
+  const u32 staged = from_lane(address(memory), 0), last_column = (u32)(w.columns - 1) << 16 | 0xffff;
+  struct Step {  // what a lane has of one
+    u32 bits, values[SLOTS / 2], entries[ROUNDS];
+    int entry, end;  // where the entries are, and where the row's end
+  };
+  Step ahead[2];
+  int row = blockIdx.x * (blockDim.x / LANES) + warp, next_entry = 0, next_end = 0;  // of the row after
+  u32 step = 0;                                                                      // with `row`, what is asked for next
+  auto seek = [&](int row) INLINE {
     if (!OVERFLOW || row >= w.rows) return;
-    next_extra = load(start_of(w, row, STEP / 4 * step));
-    next_end = load(start_of(w, row, min(STEP / 4 * (step + 1), (w.columns + SPAN - 1) / SPAN)));
+    next_entry = load(start_of(w, row, 0)) + lane, next_end = load(start_of(w, row, (w.columns + SPAN - 1) / SPAN));
   };
-  auto fetch_words = [&] {
-    const int at = step * STEP + lane;
-    const bool there = row < w.rows && at < words;
-    const i64 index = (i64)row * words + at;
-    bits = there ? load_once(w.mask + index) : 0;
-    load_values<SLOTS>(values, w.values + SLOTS * index, there);
+  auto ask_words = [&](Step& to) INLINE {
+    const u32 word = step * STEP + lane;
+    if (row >= w.rows || word >= words) return;
+    const u64 index = (u64)(u32)row * words + word;
+    to.bits = load_once(w.mask + index);
+    load_values<SLOTS>(to.values, w.values + SLOTS * index);
   };
-  auto fetch_entries = [&] {
+  auto ask_entries = [&](Step& to, const Step& before) INLINE {  // columns may be anywhere: a row's entries are one sequence
     if (!OVERFLOW) return;
-    extra = next_extra + lane, extra_end = row < w.rows ? next_end : 0;
+    to.entry = before.entry + ROUNDS * LANES, to.end = before.end;
+    if (step == 0) {
+      to.entry = next_entry, to.end = row < w.rows ? next_end : 0;
+      seek(row + stride);  // which the next row must not wait for
+    }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (extra + LANES * i < extra_end) entries[i] = load_once(w.overflow + extra + LANES * i);
-    if (step + 1 < steps) seek(row, step + 1);  // which the next must not wait for
-    else seek(row + stride, 0);
+    for (int i = 0; i < ROUNDS; i++)
+      if (to.entry + LANES * i < to.end) to.entries[i] = load_once(w.overflow + to.entry + LANES * i);
   };
   let_next_kernel_begin();
 #pragma unroll
   for (int i = 0, r = row, s = 0; i < EARLY; i++) {
-    const i64 index = (i64)r * words + s * STEP + lane;
+    const u64 index = (u64)(u32)r * words + s * STEP + lane;
     if (r < w.rows && s * STEP + lane < words) {
       prefetch(w.values + SLOTS * index);
       if (lane % 8 == 0) prefetch(w.mask + index);
@@ -210,56 +216,60 @@ __global__ void __launch_bounds__(1024) gather(const Call call) {
     if (++s == steps) s = 0, r += stride;
   }
   wait_for_kernel_before();
-  seek(row, step);
-  fetch_words();  // before x is staged: the first weights take longest
-  spread_x<BF16, TOKENS>(call, staged);
-  fetch_entries();  // after that: where they are had to come first
+  seek(row);
+  ask_words(ahead[0]);  // before x is staged: the first weights take longest
+  spread_x<BF16, TOKENS>(call, (float*)memory);
+  ask_entries(ahead[0], ahead[0]);  // after that: where they are had to come first
   __syncthreads();
 
   float sum[TOKENS] = {};
-  while (row < w.rows) {
-    u32 bits_now = bits, now[SLOTS / 2], entries_now[2] = {entries[0], entries[1]};
+  while (row < w.rows)
 #pragma unroll
-    for (int i = 0; i < SLOTS / 2; i++) now[i] = values[i];
-    const int here = row, at = step * STEP + lane, extra_now = extra, end_now = extra_end;
-    const char *below = (const char*)(staged + TOKENS * place(at, -1)), *above = (const char*)(staged + TOKENS * place(at, 32));
-    if (++step == steps) step = 0, row += stride;
-    fetch_words();
-    fetch_entries();
-    if (at < words) {  // a branch, before which the compiler has to ask for the next words
-      auto value = [&](int i) { return i % 2 ? high<BF16>(now[i / 2]) : low<BF16>(now[i / 2]); };
-      constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;  // from both ends
-      constexpr int HALF = FLOAT ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16;  // to a column's bytes
-      u32 left = walk<FLOAT, 1>(bits_now);
+    for (int k = 0; k < 2; k++) {  // so that nothing moves from one register to another
+      if (row >= w.rows) break;
+      const Step& now = ahead[k];
+      const int here = row;
+      const u32 word = step * STEP + lane, below = staged + CELL * (step * STAGED + lane), above = below + 33 * CELL * STEP_ROW;
+      if (++step == steps) step = 0, row += stride;
+      ask_words(ahead[1 - k]);
+      ask_entries(ahead[1 - k], now);
+      if (word < words) {  // a branch, before which the compiler has to ask for the next words
+        auto value = [&](int i) { return i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]); };
+        constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;  // from both ends
+        constexpr int HALF = FLOAT ? SLOTS / 2 : 0, SCALE = STEP_ROW * CELL << 9;  // a number at bit 23 to bytes, times 2^32
+        u32 left = walk<FLOAT, 1>(now.bits);
 #pragma unroll
-      for (int i = SLOTS - 1; i >= HALF; i--)
-        add<TOKENS>(value(i), below + (next_bit<FLOAT, 1>(left) >> SHIFT), sum);
-      if (OVERFLOW) bits_now = bits_left(left) | bits_now & 0xff;  // some are in both halves
-      left = walk<FLOAT, 1>(reversed(bits_now));
+        for (int i = SLOTS - 1; i >= HALF; i--)
+          add<TOKENS>(value(i), below + (next_bit<FLOAT, 1>(left) >> (TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16)), sum);
+        // Some are in both halves.
+        left = walk<FLOAT, 1>(reversed(OVERFLOW ? bits_left(left) | now.bits & 0xff : now.bits));
 #pragma unroll
-      for (int i = 0; i < HALF; i++)
-        add<TOKENS>(value(i), above - (next_bit<FLOAT, 1>(left) >> SHIFT), sum);
-    }
-    if constexpr (OVERFLOW) {
-      auto add_entry = [&](u32 entry) {
-        const int column = entry >> 16;
-        if (column < w.columns) add<TOKENS>(low<BF16>(entry), staged + TOKENS * place(column / 32, column % 32), sum);
-      };
+        for (int i = 0; i < HALF; i++)
+          add<TOKENS>(value(i), multiply_high(next_bit<FLOAT, 1>(left), -SCALE, above), sum);
+      }
+      if constexpr (OVERFLOW) {
+        auto add_entry = [&](u32 entry) {
+          if (entry > last_column) return;
+          // That is place(column / 32, column % 32).
+          const u32 cell = (entry >> 21) + (entry >> 26) * (STAGED - STEP) + (entry >> 11 & 31 * STEP_ROW) + STEP_ROW;
+          add<TOKENS>(low<BF16>(entry), staged + CELL * cell, sum);
+        };
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (extra_now + LANES * i < end_now) add_entry(entries_now[i]);
+        for (int i = 0; i < ROUNDS; i++)
+          if (now.entry + LANES * i < now.end) add_entry(now.entries[i]);
+        if (!step)  // the row's last
 #pragma unroll 1
-      for (int i = extra_now + 2 * LANES; i < end_now; i += LANES) add_entry(load_once(w.overflow + i));
-    }
-    if (step) continue;
-    const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
+          for (int i = now.entry + ROUNDS * LANES; i < now.end; i += LANES) add_entry(load_once(w.overflow + i));
+      }
+      if (step) continue;
+      const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
 #pragma unroll
-    for (int token = 0; token < TOKENS; token++) {
-      sum[token] = add_up(sum[token]);
-      if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
-      sum[token] = 0;
+      for (int token = 0; token < TOKENS; token++) {
+        sum[token] = add_up(sum[token]);
+        if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
+        sum[token] = 0;
+      }
     }
-  }
 }
 
 // ---- tiles: a lane has one word of each, word lane % 4 of row lane / 4
@@ -904,60 +914,58 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
 
 // ---- expand
 
-// A warp writes every n-th tile.
+// A warp writes every n-th tile: by words to a tile in shared memory, row after row, from which lanes side by side write whole
+// lines of W.
 template <int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(256) expand(const Call call) {
   SHARED(memory);
   typedef Words<SLOTS, OVERFLOW> Word;
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-  const int spans = (w.columns + SPAN - 1) / SPAN, total = (w.rows + ROWS - 1) / ROWS * spans, stride = gridDim.x * warps;
+  const int spans = (w.columns + SPAN - 1) / SPAN, groups = (w.rows + ROWS - 1) / ROWS, stride = gridDim.x * warps;
   const u32 tiles = (address(memory) + TILE - 1) / TILE * TILE, tile = tiles + warp * TILE;
   const u32 room = tiles + warps * TILE + warp * Word::ROOM;
   const typename Word::Pieces pieces(w, lane);
-  int i = blockIdx.x * warps + warp;
-  auto ask = [&](int i) {
-    if (i < total) {
-      const int group = i / spans, span = i % spans;
-      Word::ask(room, w, pieces, group, span, w.rows - ROWS * group, Word::seek(w, group, span, true));
-    }
+  const int group_stride = stride / spans, span_stride = stride % spans;  // to divide for each tile takes a fifth of the time
+  int group = (blockIdx.x * warps + warp) / spans, span = (blockIdx.x * warps + warp) % spans;
+  auto ask = [&]() INLINE {
+    if (group < groups) Word::ask(room, w, pieces, group, span, w.rows - ROWS * group, Word::seek(w, group, span, true));
     commit_copies();
   };
+  // 16 bytes of a row, of which it has 16 times so many: neighbours change places so that lanes have banks of their own when
+  // they write their words, and when they read lines.
+  auto place = [&](int row, int piece) { return tile + 16 * (16 * row + (piece ^ (piece >> 3 | row % 2 << 1))); };
+  const int half = lane / 16, piece = lane % 16;  // which of two rows a lane writes, and what of it
+  const u32 to = place(lane / 4, lane % 4 * 4), from = place(half, piece);
   let_next_kernel_begin();
   wait_for_kernel_before();
-  ask(i);
-  for (; i < total; i += stride) {
+  ask();
+  while (group < groups) {
+    const int row = ROWS * group + half, column = SPAN * span + 8 * piece, here = group, here_span = span;
     Word words[1];
     wait_copies<0>();
     __syncwarp();
     words[0].take(room, pieces);
     __syncwarp();
-    ask(i + stride);
-    spread<1>(w, words, {i / spans}, i % spans, {tile});
+    group += group_stride, span += span_stride;
+    if (span >= spans) span -= spans, group++;
+    ask();
+    spread<1>(w, words, {here}, here_span, {tile});
     u32 pairs[16], columns[16];  // of a lane's word: as in the tile; in their order
 #pragma unroll
     for (int t = 0; t < 16; t++) pairs[t] = read_pair(words[0].bits, tile + 4 * lane, t);
 #pragma unroll
     for (int j = 0; j < 16; j++)
       columns[j] = permute(pairs[2 * j % 16], pairs[2 * j % 16 + 1], j < 8 ? 0x5410 : 0x7632);
-    // Two lanes exchange quarters of their words, so that what they write at a time lies side by side: sectors of 32 bytes.
-    const int odd = lane % 2, row = i / spans * ROWS + lane / 4, word = i % spans * 4 + lane % 4 - odd;
+    __syncwarp();
 #pragma unroll
-    for (int q = 0; q < 4; q += 2) {
-      u32 quarters[2][4];  // of the even lane's word, of the odd one's
+    for (int i = 0; i < 4; i++)
+      store16(to ^ 16 * i, columns[4 * i], columns[4 * i + 1], columns[4 * i + 2], columns[4 * i + 3]);
+    __syncwarp();
+    uint4* y = (uint4*)(call.y + (i64)row * w.columns + column);
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const u32 own = odd ? columns[4 * q + 4 + k] : columns[4 * q + k];
-        const u32 other = from_lane(odd ? columns[4 * q + k] : columns[4 * q + 4 + k], lane ^ 1);
-        quarters[0][k] = odd ? other : own, quarters[1][k] = odd ? own : other;
-      }
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const int column = 32 * (word + k) + 8 * (q + odd);
-        if (row < w.rows && column < w.columns)
-          *(uint4*)(call.y + (i64)row * w.columns + column) =
-              make_uint4(quarters[k][0], quarters[k][1], quarters[k][2], quarters[k][3]);
-      }
-    }
+    for (int i = 0; i < ROWS / 2; i++)
+      if (row + 2 * i < w.rows && column < w.columns) y[i * (w.columns / 4)] = load16(from + 2 * i * 256);
+    __syncwarp();
   }
 }

@@ -44,6 +44,13 @@ __device__ __forceinline__ u32 and_xor(u32 a, u32 mask, u32 b) {
   return result;
 }
 
+// The upper half of a * b, plus c.
+__device__ __forceinline__ u32 multiply_high(u32 a, int b, u32 c) {
+  u32 result;
+  asm("mad.hi.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 template <bool BF16>
 __device__ __forceinline__ float to_float(u16 x) {
   if (BF16) return __uint_as_float((u32)x << 16);
@@ -104,6 +111,9 @@ __device__ __forceinline__ void store8(u32 at, u32 x, u32 y) {
 }
 __device__ __forceinline__ void store4(u32 at, u32 x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store16(u32 at, u32 x, u32 y, u32 z, u32 w) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 __device__ __forceinline__ void store16(u32 at, float x, float y, float z, float w) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");

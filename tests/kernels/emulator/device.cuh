@@ -181,6 +181,7 @@ inline char* checked(u32 at, u32 bytes) {
   return shared_memory() + at;
 }
 
+inline u32 multiply_high(u32 a, int b, u32 c) { return (u32)((i64)(int)a * b >> 32) + c; }
 inline u32 and_xor(u32 a, u32 mask, u32 b) { return a & mask ^ b; }
 inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }
@@ -250,6 +251,10 @@ inline void store8(u32 at, u32 x, u32 y) {
   std::memcpy(checked(at, 8) + 4, &y, 4);
 }
 inline void store4(u32 at, u32 x) { std::memcpy(checked(at, 4), &x, 4); }
+inline void store16(u32 at, u32 x, u32 y, u32 z, u32 w) {
+  const uint4 four = {x, y, z, w};
+  std::memcpy(checked(at, 16), &four, 16);
+}
 inline void store16(u32 at, float x, float y, float z, float w) {
   const float4 four = {x, y, z, w};
   std::memcpy(checked(at, 16), &four, 16);
