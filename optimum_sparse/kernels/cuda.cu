@@ -321,7 +321,7 @@ struct Words {
   }
   static __device__ __forceinline__ void prefetch_tile(const Matrix& w, int group, int span, int groups) {
     const int lane = threadIdx.x % LANES, words = w.columns / 32, row = ROWS * group + lane / 4;
-    const i64 index = (i64)row * words + 4 * span + lane % 4;
+    const u64 index = (u64)(u32)row * (u32)words + 4 * span + lane % 4;
     if (group >= groups || row >= w.rows || 4 * span + lane % 4 >= words) return;
     prefetch(w.values + SLOTS * index);
     if (lane % 4 == 0) prefetch(w.mask + index);
@@ -330,7 +330,7 @@ struct Words {
   static __device__ __forceinline__ void ask(u32 room, const Matrix& w, const Pieces& mine, int group, int span, int rows,
                                              int2 overflow) {
     const int lane = threadIdx.x % LANES, words = w.columns / 32, columns = words - 4 * span;  // words that are there
-    const i64 index = (i64)(ROWS * group) * words + 4 * span;
+    const u64 index = (u64)(u32)(ROWS * group) * (u32)words + 4 * (u32)span;  // of unsigned ones, which is one instruction
     const char* values = (const char*)(w.values + SLOTS * index);
 #pragma unroll
     for (int i = 0; i < PIECES / 4; i++) {
@@ -380,15 +380,6 @@ __device__ __forceinline__ u32 cell(u32 number, u32 own) { return and_xor(__umul
 __device__ __forceinline__ u32 read_pair(u32 bits, u32 own, int t) {
   return load4(own + BLOCK * t) & permute(bits << (7 - t % 8), 0, t < 8 ? 0xaa88 : 0xbb99);
 }
-// A word's columns as neighbours to pairs as tiles have them, in the order in which tensor cores get these: t, then t + 8.
-__device__ __forceinline__ void reorder(u32 (&pairs)[16]) {
-  u32 found[16];
-#pragma unroll
-  for (int t = 0; t < 16; t++) found[t % 8 * 2 + t / 8] = permute(pairs[t / 2], pairs[8 + t / 2], t % 2 ? 0x7632 : 0x5410);
-#pragma unroll
-  for (int i = 0; i < 16; i++) pairs[i] = found[i];
-}
-
 // A warp writes its words of N tiles, the `groups`th eight rows of a span, to `tiles`, whose addresses TILE divides. A word is
 // walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds no bit, it
 // writes to column 0 (from the highest bit down) or 31, and the value is what belongs there: see formats/slots.py. Without
@@ -429,6 +420,55 @@ __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERF
   }
 }
 
+// Pairs as tiles have them to a word's columns as neighbours.
+__device__ __forceinline__ void in_order(u32 (&pairs)[16]) {
+  u32 found[16];
+#pragma unroll
+  for (int j = 0; j < 16; j++) found[j] = permute(pairs[2 * j % 16], pairs[2 * j % 16 + 1], j < 8 ? 0x5410 : 0x7632);
+#pragma unroll
+  for (int i = 0; i < 16; i++) pairs[i] = found[i];
+}
+// And back, but in the order in which tensor cores get these: t, then t + 8.
+__device__ __forceinline__ void reorder(u32 (&pairs)[16]) {
+  u32 found[16];
+#pragma unroll
+  for (int t = 0; t < 16; t++) found[t % 8 * 2 + t / 8] = permute(pairs[t / 2], pairs[8 + t / 2], t % 2 ? 0x7632 : 0x5410);
+#pragma unroll
+  for (int i = 0; i < 16; i++) pairs[i] = found[i];
+}
+
+// Where each value has a slot, and there are 16 at most, no walk is needed: how many bits there are up to a column is the number of
+// its value. `stage` writes a word's values to shared memory, each beside the one after it: n - 1 and n at BLOCK * n from a
+// lane's `own`, where of 16 the last and the first share a place. From there `window` reads columns 2 t and 2 t + 1, n being the
+// number of bits up to the first of them: whichever are kept, they are in their halves.
+template <int SLOTS, bool OVERFLOW>
+constexpr bool WINDOWS = !OVERFLOW && SLOTS <= 16;
+
+template <int SLOTS>
+__device__ __forceinline__ void stage(const u32 (&values)[SLOTS / 2], u32 own) {
+#pragma unroll
+  for (int n = 0; n < SLOTS; n++) {
+    const u32 here = values[n / 2], before = values[(n + SLOTS - 1) % SLOTS / 2];
+    store4(own + BLOCK * n, n % 2 ? here : permute(before, here, 0x5432));
+  }
+  if (SLOTS < 16) store4(own + BLOCK * SLOTS, values[SLOTS / 2 - 1] >> 16);
+}
+// How many bits there are up to column 2 t, as byte t / 4 of counts[t % 4]; modulo 16, so that any word is safe.
+__device__ __forceinline__ void count_bits(u32 (&counts)[4], u32 bits) {
+  bits <<= 1;  // so that column 2 t is the second of a pair
+  const u32 pairs = bits - (bits >> 1 & 0x55555555), fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333);
+  const u32 eights = fours + (fours >> 4) & 0x0f0f0f0f, below = eights * 0x01010100, half = below + (fours & 0x0f0f0f0f);
+  counts[0] = below + (pairs & 0x03030303), counts[1] = half;
+  counts[2] = half + (pairs >> 4 & 0x03030303), counts[3] = below + eights;
+#pragma unroll
+  for (int i = 0; i < 4; i++) counts[i] &= 0x0f0f0f0f;
+}
+__device__ __forceinline__ u32 window(const u32 (&counts)[4], u32 bits, u32 own, int t) {
+  const int byte = t / 4, shift = 6 - 2 * (t % 4);
+  const u32 both = load4(dot(counts[t % 4], (u32)BLOCK << 8 * byte, own));
+  return both & permute(bits << shift + 1, bits << shift, 0xcc88 + 0x1111 * byte);  // as in `read_pair`
+}
+
 // Two values in four columns have six arrangements. A table of 16 at an address that 128 divides has, for the bits of four
 // columns, what `permute` needs to bring their two values to the first two columns, and to the other two.
 __device__ __forceinline__ void write_selectors(u32 table) {
@@ -445,9 +485,29 @@ __device__ __forceinline__ uint2 four_columns(const Words<16, false>& word, int 
   return pairs;
 }
 
+// Brings a warp's words of N tiles to where `pairs_of` finds their columns; 2:4 has them in registers.
+template <bool PAIRS, int N, int SLOTS, bool OVERFLOW>
+__device__ __forceinline__ void lay_out(u32 (&counts)[N][4], const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N],
+                                        const int (&groups)[N], int span, const u32 (&tiles)[N]) {
+  if constexpr (PAIRS) return;
+  else if constexpr (!WINDOWS<SLOTS, OVERFLOW>) spread<N>(w, words, groups, span, tiles);
+  else
+#pragma unroll
+    for (int k = 0; k < N; k++)
+      stage<SLOTS>(words[k].values, tiles[k] + threadIdx.x % LANES * 4), count_bits(counts[k], words[k].bits);
+}
+// Four columns of a lane's word, of 8 times four, in the order in which `load_x` has those of x: neighbours, or `reorder`ed.
+template <bool PAIRS, int SLOTS, bool OVERFLOW>
+__device__ __forceinline__ uint2 pairs_of(const Words<SLOTS, OVERFLOW>& word, const u32 (&counts)[4], int i, u32 own, u32 table) {
+  if constexpr (PAIRS) return four_columns(word, i, table);
+  else if constexpr (WINDOWS<SLOTS, OVERFLOW>)
+    return make_uint2(window(counts, word.bits, own, 2 * i), window(counts, word.bits, own, 2 * i + 1));
+  else return make_uint2(read_pair(word.bits, own, i), read_pair(word.bits, own, i + 8));
+}
+
 // Of 8 tokens, from the `first` on, the columns of a span: a lane gets word lane % 4 of token lane / 4, in the order in which
 // tensor cores want it.
-template <bool PAIRS>
+template <bool NEIGHBOURS>
 __device__ __forceinline__ void load_x(u32 (&x)[16], const Call& call, int first, int span) {
   const int lane = threadIdx.x % LANES, token = first + lane / 4, column = SPAN * span + lane % 4 * 32;
   const bool there = token < call.tokens && column < call.w.columns;
@@ -457,7 +517,7 @@ __device__ __forceinline__ void load_x(u32 (&x)[16], const Call& call, int first
     const uint4 four = there ? load(from + i) : make_uint4(0, 0, 0, 0);
     x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
   }
-  if (!PAIRS) reorder(x);
+  if (!NEIGHBOURS) reorder(x);
 }
 
 // ---- multiply
@@ -524,7 +584,7 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
       const int next_pass = more ? pass : pass + size, next_span = more ? span + parts : part;
       u32 x[TOKEN_TILES][16];
 #pragma unroll
-      for (int k = 0; k < TOKEN_TILES; k++) load_x<PAIRS>(x[k], call, first_token + 8 * k, span);
+      for (int k = 0; k < TOKEN_TILES; k++) load_x<WINDOWS<SLOTS, OVERFLOW>>(x[k], call, first_token + 8 * k, span);
 #pragma unroll
       for (int unit = 0; unit < UNITS; unit++) {
         Word words[2];
@@ -538,18 +598,13 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
         else seek(unit + AHEAD + 1 - UNITS, next_pass, next_span);
         if (2 * unit >= count) continue;
         const int group = pass + 2 * unit;
-        if constexpr (!PAIRS) spread<2>(w, words, {group, group + 1}, span, {tiles, tiles + TILE});
+        u32 counts[2][4];
+        lay_out<PAIRS, 2>(counts, w, words, {group, group + 1}, span, {tiles, tiles + TILE});
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           uint2 a[2];  // of each tile two pairs of columns
 #pragma unroll
-          for (int k = 0; k < 2; k++) {
-            if constexpr (PAIRS) a[k] = four_columns(words[k], i, table);
-            else {
-              const u32 own = tiles + k * TILE + 4 * lane;
-              a[k].x = read_pair(words[k].bits, own, i), a[k].y = read_pair(words[k].bits, own, i + 8);
-            }
-          }
+          for (int k = 0; k < 2; k++) a[k] = pairs_of<PAIRS>(words[k], counts[k], i, tiles + k * TILE + 4 * lane, table);
 #pragma unroll
           for (int k = 0; k < TOKEN_TILES; k++)
             mma<BF16>(sum[unit][k], a[0].x, a[1].x, a[0].y, a[1].y, x[k][2 * i], x[k][2 * i + 1]);
@@ -589,10 +644,10 @@ __global__ void __launch_bounds__(512) multiply(const Call call) {
 // ---- stream: Hopper
 
 // wgmma takes 64 rows of W from a warpgroup's registers, and x from shared memory in blocks of 8 tokens and 8 columns: two of
-// each of the four words of 128 columns. Which two, is as in W's fragments: of 2:4 neighbours, else as `reorder` has them.
+// each of the four words of 128 columns. Which two, is as in W's fragments: see `pairs_of`.
 
 // x [tokens, columns] -> [tile of TOKENS][span][8 tokens][block], zeros beyond both ends. A warp takes 8 tokens of a span.
-template <int TOKENS, bool PAIRS>
+template <int TOKENS, bool NEIGHBOURS>
 __global__ void arrange(const Call call) {
   const int lane = threadIdx.x % LANES, spans = (call.w.columns + SPAN - 1) / SPAN;
   const int group = blockIdx.y, span = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
@@ -600,7 +655,7 @@ __global__ void arrange(const Call call) {
   let_next_kernel_begin();
   if (span >= spans) return;
   u32 x[16];
-  load_x<PAIRS>(x, call, 8 * group, span);
+  load_x<NEIGHBOURS>(x, call, 8 * group, span);
   constexpr int GROUPS = TOKENS / 8;
   u32* to = (u32*)call.y + (((i64)group / GROUPS * spans + span) * GROUPS + group % GROUPS) * (TILE / 4) + lane;
 #pragma unroll
@@ -716,7 +771,7 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Part& now, f
 constexpr int DIRECT = 32;
 
 // What that warpgroup does: x of a step into each of STAGES places in turn.
-template <bool PAIRS, int TOKENS, int STAGES>
+template <bool NEIGHBOURS, int TOKENS, int STAGES>
 __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, u32 full, u32 empty) {
   // Of the groups of 8 tokens, step after step, each warp has every fourth: of 32 tokens one of each step, of 16 one of every
   // second. What it takes next is on its way.
@@ -731,7 +786,7 @@ __device__ __forceinline__ void bring_x(const Call& call, Part now, u32 places, 
   u32 x[AHEAD][16];
   auto ask = [&](int slot) INLINE {
     if (!next.is_left()) return;
-    load_x<PAIRS>(x[slot], call, next.tile % token_tiles * TOKENS + warp % EIGHTS * 8, next.span());
+    load_x<NEIGHBOURS>(x[slot], call, next.tile % token_tiles * TOKENS + warp % EIGHTS * 8, next.span());
     skip(next, STRIDE);
   };
 #pragma unroll
@@ -852,7 +907,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   __syncthreads();
   if constexpr (TOKENS <= DIRECT) {
     wait_for_kernel_before();
-    if (warp >= WARPS) return bring_x<PAIRS, TOKENS, STAGES>(call, now, xs, full, empty);
+    if (warp >= WARPS) return bring_x<WINDOWS<SLOTS, OVERFLOW>, TOKENS, STAGES>(call, now, xs, full, empty);
     seek();
     for (int slot = 0; slot < AHEAD; slot++) ask(slot);
   }
@@ -882,19 +937,14 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
       ask(slot);
       if (++slot == AHEAD) slot = 0;
       const int here = now.tile / token_tiles * HEIGHT + 2 * mine, here_span = (now.stop - left - now.tile * steps) * SIDE + side;
-      if constexpr (!PAIRS) spread<2>(w, words, {here, here + 1}, here_span, {tiles, tiles + TILE});
-      u32 a[SPAN / 16][4];
+      u32 a[SPAN / 16][4], counts[2][4];
+      lay_out<PAIRS, 2>(counts, w, words, {here, here + 1}, here_span, {tiles, tiles + TILE});
 #pragma unroll
       for (int i = 0; i < SPAN / 16; i++)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          if constexpr (PAIRS) {
-            const uint2 pairs = four_columns(words[k], i, table);
-            a[i][k] = pairs.x, a[i][2 + k] = pairs.y;
-          } else {
-            const u32 own = tiles + k * TILE + 4 * lane;
-            a[i][k] = read_pair(words[k].bits, own, i), a[i][2 + k] = read_pair(words[k].bits, own, i + 8);
-          }
+          const uint2 pairs = pairs_of<PAIRS>(words[k], counts[k], i, tiles + k * TILE + 4 * lane, table);
+          a[i][k] = pairs.x, a[i][2 + k] = pairs.y;
         }
       wait_barrier(full + 8 * stage, turn);
       const u64 x = described(xs + (stage * SIDE + side) * X, BLOCK, TILE);
@@ -950,13 +1000,15 @@ __global__ void __launch_bounds__(256) expand(const Call call) {
     group += group_stride, span += span_stride;
     if (span >= spans) span -= spans, group++;
     ask();
-    spread<1>(w, words, {here}, here_span, {tile});
-    u32 pairs[16], columns[16];  // of a lane's word: as in the tile; in their order
+    u32 counts[1][4], columns[16];  // the latter of a lane's word, in their order
+    lay_out<false, 1>(counts, w, words, {here}, here_span, {tile});
 #pragma unroll
-    for (int t = 0; t < 16; t++) pairs[t] = read_pair(words[0].bits, tile + 4 * lane, t);
-#pragma unroll
-    for (int j = 0; j < 16; j++)
-      columns[j] = permute(pairs[2 * j % 16], pairs[2 * j % 16 + 1], j < 8 ? 0x5410 : 0x7632);
+    for (int i = 0; i < 8; i++) {
+      const uint2 pairs = pairs_of<false>(words[0], counts[0], i, tile + 4 * lane, 0);
+      if constexpr (WINDOWS<SLOTS, OVERFLOW>) columns[2 * i] = pairs.x, columns[2 * i + 1] = pairs.y;
+      else columns[i] = pairs.x, columns[8 + i] = pairs.y;
+    }
+    if constexpr (!WINDOWS<SLOTS, OVERFLOW>) in_order(columns);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; i++)

@@ -53,6 +53,11 @@ class Layout(NamedTuple):
     def template(self) -> str:
         return f"{self.slots},{str(self.overflow).lower()}"
 
+    @property
+    def windows(self) -> bool:
+        """`WINDOWS` of cuda.cu."""
+        return not self.overflow and self.slots <= 16
+
 
 class Matrix(NamedTuple):
     """A compressed W on a GPU, as formats.slots has it."""
@@ -289,7 +294,7 @@ def _launch(launch: Launch, matrix: Matrix, x: Tensor | None, bias: Tensor | Non
         arranged = y.new_empty(tiles * launch.tile * spans * slots.SPAN)
         call.y = arranged.data_ptr()
         grid = -(-spans // 4), tiles * launch.tile // 8
-        _run(Launch(f"arrange<{launch.tile},{str(layout.pairs).lower()}>", grid, 128, 0), call, device)
+        _run(Launch(f"arrange<{launch.tile},{str(layout.windows).lower()}>", grid, 128, 0), call, device)
         call.x, call.y = call.y, y.data_ptr()
     _run(launch, call, device)
 

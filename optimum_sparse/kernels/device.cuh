@@ -44,6 +44,12 @@ __device__ __forceinline__ u32 and_xor(u32 a, u32 mask, u32 b) {
   return result;
 }
 
+// Each byte of a times that of b, all added to c.
+__device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
+  u32 result;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
 // The upper half of a * b, plus c.
 __device__ __forceinline__ u32 multiply_high(u32 a, int b, u32 c) {
   u32 result;
