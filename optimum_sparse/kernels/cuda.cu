@@ -166,110 +166,111 @@ __device__ __forceinline__ void load_values(u32 (&values)[SLOTS / 2], const u16*
   }
 }
 
-// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile. What bounds this kernel is the number of
-// its instructions.
+// A warp takes every n-th row, a step at a time; the next step is on its way meanwhile.
 template <bool BF16, int TOKENS, int SLOTS, bool OVERFLOW>
 __global__ void __launch_bounds__(1024) gather(const Call call) {
   SHARED(memory);
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, stride = gridDim.x * (blockDim.x / LANES);
   const u32 words = w.columns / 32, steps = (words + STEP - 1) / STEP;
-  constexpr int CELL = 4 * TOKENS, ROUNDS = 2;  // bytes; of its row's overflow that a step takes, an entry for each lane
+  constexpr int CELL = 4 * TOKENS, ROUNDS = 2;  // bytes; how many of its row's overflow a lane takes in a step
   const u32 staged = from_lane(address(memory), 0), last_column = (u32)(w.columns - 1) << 16 | 0xffff;
   struct Step {  // what a lane has of one
     u32 bits, values[SLOTS / 2], entries[ROUNDS];
     int entry, end;  // where the entries are, and where the row's end
   };
-  Step ahead[2];
+  Step ahead;
   int row = blockIdx.x * (blockDim.x / LANES) + warp, next_entry = 0, next_end = 0;  // of the row after
-  u32 step = 0;                                                                      // with `row`, what is asked for next
+  u32 step = 0;                                                                      // with `row`, what is ahead
+  auto advance = [&](int& row, u32& step) INLINE {
+    if (++step == steps) step = 0, row += stride;
+  };
   auto seek = [&](int row) INLINE {
     if (!OVERFLOW || row >= w.rows) return;
-    next_entry = load(start_of(w, row, 0)) + lane, next_end = load(start_of(w, row, (w.columns + SPAN - 1) / SPAN));
+    next_entry = load(start_of(w, row, 0)), next_end = load(start_of(w, row, (w.columns + SPAN - 1) / SPAN));
   };
-  auto ask_words = [&](Step& to) INLINE {
+  auto ask_words = [&]() INLINE {
     const u32 word = step * STEP + lane;
     if (row >= w.rows || word >= words) return;
     const u64 index = (u64)(u32)row * words + word;
-    to.bits = load_once(w.mask + index);
-    load_values<SLOTS>(to.values, w.values + SLOTS * index);
+    ahead.bits = load_once(w.mask + index);
+    load_values<SLOTS>(ahead.values, w.values + SLOTS * index);
   };
-  auto ask_entries = [&](Step& to, const Step& before) INLINE {  // columns may be anywhere: a row's entries are one sequence
+  auto ask_entries = [&]() INLINE {  // whose columns may be anywhere: a row's are one sequence
     if (!OVERFLOW) return;
-    to.entry = before.entry + ROUNDS * LANES, to.end = before.end;
+    ahead.entry += ROUNDS * LANES;
     if (step == 0) {
-      to.entry = next_entry, to.end = row < w.rows ? next_end : 0;
+      ahead.entry = next_entry + lane, ahead.end = row < w.rows ? next_end : 0;
       seek(row + stride);  // which the next row must not wait for
     }
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++)
-      if (to.entry + LANES * i < to.end) to.entries[i] = load_once(w.overflow + to.entry + LANES * i);
+      if (ahead.entry + LANES * i < ahead.end) ahead.entries[i] = load_once(w.overflow + ahead.entry + LANES * i);
   };
   let_next_kernel_begin();
+  int early = row;
+  u32 early_step = 0;
 #pragma unroll
-  for (int i = 0, r = row, s = 0; i < EARLY; i++) {
-    const u64 index = (u64)(u32)r * words + s * STEP + lane;
-    if (r < w.rows && s * STEP + lane < words) {
+  for (int i = 0; i < EARLY; i++) {
+    const u32 word = early_step * STEP + lane;
+    const u64 index = (u64)(u32)early * words + word;
+    if (early < w.rows && word < words) {
       prefetch(w.values + SLOTS * index);
       if (lane % 8 == 0) prefetch(w.mask + index);
     }
-    if (++s == steps) s = 0, r += stride;
+    advance(early, early_step);
   }
   wait_for_kernel_before();
   seek(row);
-  ask_words(ahead[0]);  // before x is staged: the first weights take longest
+  ask_words();  // before x is staged: the first weights take longest
   spread_x<BF16, TOKENS>(call, (float*)memory);
-  ask_entries(ahead[0], ahead[0]);  // after that: where they are had to come first
+  ask_entries();  // after that: where they are had to come first
   __syncthreads();
 
   float sum[TOKENS] = {};
-  while (row < w.rows)
+  while (row < w.rows) {
+    // To other registers: it has arrived before more is asked for. Without, each step would wait for all that is on its way.
+    const Step now = ahead;
+    const int here = row;
+    const u32 word = step * STEP + lane, below = staged + CELL * (step * STAGED + lane), above = below + 33 * CELL * STEP_ROW;
+    advance(row, step);
+    ask_words();
+    ask_entries();
+    if (word < words) {  // a branch, before which the compiler has to ask for the next words
+      auto value = [&](int i) { return i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]); };
+      constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;  // from both ends
+      constexpr int HALF = FLOAT ? SLOTS / 2 : 0, SHIFT = TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16;  // to a column's bytes
+      u32 left = walk<FLOAT, 1>(now.bits);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {  // so that nothing moves from one register to another
-      if (row >= w.rows) break;
-      const Step& now = ahead[k];
-      const int here = row;
-      const u32 word = step * STEP + lane, below = staged + CELL * (step * STAGED + lane), above = below + 33 * CELL * STEP_ROW;
-      if (++step == steps) step = 0, row += stride;
-      ask_words(ahead[1 - k]);
-      ask_entries(ahead[1 - k], now);
-      if (word < words) {  // a branch, before which the compiler has to ask for the next words
-        auto value = [&](int i) { return i % 2 ? high<BF16>(now.values[i / 2]) : low<BF16>(now.values[i / 2]); };
-        constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;  // from both ends
-        constexpr int HALF = FLOAT ? SLOTS / 2 : 0, SCALE = STEP_ROW * CELL << 9;  // a number at bit 23 to bytes, times 2^32
-        u32 left = walk<FLOAT, 1>(now.bits);
+      for (int i = SLOTS - 1; i >= HALF; i--) add<TOKENS>(value(i), below + (next_bit<FLOAT, 1>(left) >> SHIFT), sum);
+      // Some are in both halves.
+      left = walk<FLOAT, 1>(reversed(OVERFLOW ? bits_left(left) | now.bits & 0xff : now.bits));
 #pragma unroll
-        for (int i = SLOTS - 1; i >= HALF; i--)
-          add<TOKENS>(value(i), below + (next_bit<FLOAT, 1>(left) >> (TOKENS == 4 ? 14 : TOKENS == 2 ? 15 : 16)), sum);
-        // Some are in both halves.
-        left = walk<FLOAT, 1>(reversed(OVERFLOW ? bits_left(left) | now.bits & 0xff : now.bits));
-#pragma unroll
-        for (int i = 0; i < HALF; i++)
-          add<TOKENS>(value(i), multiply_high(next_bit<FLOAT, 1>(left), -SCALE, above), sum);
-      }
-      if constexpr (OVERFLOW) {
-        auto add_entry = [&](u32 entry) {
-          if (entry > last_column) return;
-          // That is place(column / 32, column % 32).
-          const u32 cell = (entry >> 21) + (entry >> 26) * (STAGED - STEP) + (entry >> 11 & 31 * STEP_ROW) + STEP_ROW;
-          add<TOKENS>(low<BF16>(entry), staged + CELL * cell, sum);
-        };
-#pragma unroll
-        for (int i = 0; i < ROUNDS; i++)
-          if (now.entry + LANES * i < now.end) add_entry(now.entries[i]);
-        if (!step)  // the row's last
-#pragma unroll 1
-          for (int i = now.entry + ROUNDS * LANES; i < now.end; i += LANES) add_entry(load_once(w.overflow + i));
-      }
-      if (step) continue;
-      const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
-#pragma unroll
-      for (int token = 0; token < TOKENS; token++) {
-        sum[token] = add_up(sum[token]);
-        if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
-        sum[token] = 0;
-      }
+      for (int i = 0; i < HALF; i++) add<TOKENS>(value(i), above - (next_bit<FLOAT, 1>(left) >> SHIFT), sum);
     }
+    if constexpr (OVERFLOW) {
+      auto add_entry = [&](u32 entry) {
+        if (entry > last_column) return;
+        // That is place(column / 32, column % 32).
+        const u32 cell = (entry >> 21) + (entry >> 26) * (STAGED - STEP) + (entry >> 11 & 31 * STEP_ROW) + STEP_ROW;
+        add<TOKENS>(low<BF16>(entry), staged + CELL * cell, sum);
+      };
+#pragma unroll
+      for (int i = 0; i < ROUNDS; i++)
+        if (now.entry + LANES * i < now.end) add_entry(now.entries[i]);
+      if (!step)  // the row's last
+#pragma unroll 1
+        for (int i = now.entry + ROUNDS * LANES; i < now.end; i += LANES) add_entry(load_once(w.overflow + i));
+    }
+    if (step) continue;
+    const float bias = call.bias ? to_float<BF16>(call.bias[here]) : 0.0f;
+#pragma unroll
+    for (int token = 0; token < TOKENS; token++) {
+      sum[token] = add_up(sum[token]);
+      if (lane == 0 && token < call.tokens) call.y[(i64)token * w.rows + here] = rounded<BF16>(sum[token] + bias);
+      sum[token] = 0;
+    }
+  }
 }
 
 // ---- tiles: a lane has one word of each, word lane % 4 of row lane / 4

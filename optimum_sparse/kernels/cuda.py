@@ -110,9 +110,9 @@ def plan(layout: Layout, tokens: int, device: int) -> Launch | None:
         return None  # to expand the weight is faster
     several = layout.rows >= 64 * processors  # groups of 8 rows for each, which two blocks share out more evenly
     launches: list[Launch] = []
-    if tokens <= (4 if not layout.pairs else 0 if _is_large(layout) else 2):
+    if tokens <= (4 if layout.overflow else 0 if layout.pairs and _is_large(layout) else 2):
         launches.append(gather(layout, tokens, (processors, most_shared)))
-    elif hopper and tokens > (4 if layout.overflow or (_is_large(layout) and not layout.pairs) else 8):
+    elif hopper and tokens > (8 if layout.pairs else 4):
         launches += streams(layout, tokens, (processors, most_shared))
     if hopper and not several:
         launches.append(multiply(layout, tokens, processors, 16, 2))
@@ -200,8 +200,6 @@ def streams(layout: Layout, tokens: int, limits: tuple[int, int]) -> Iterator[La
                 sizes.reverse()  # more blocks for the few rows
             elif tile == 16 and not layout.pairs and _is_large(layout):
                 sizes.insert(0, (5, 1, 1))
-            elif tile == 16 and not (layout.pairs or layout.overflow):
-                sizes.insert(0, (2, 2, 1))
         elif tile <= 64:
             sizes = [(1, 2, 1), (2, 1, 1)] if layout.pairs else [(2, 1, 1), (1, 2, 1)]
             if _is_large(layout):  # what blocks leave to one another matters less

@@ -21,7 +21,7 @@ from optimum_sparse.nn import linear as layer_module
 
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-PATTERNS = [NM(2, 4), NM(1, 2), NM(4, 8), NM(16, 32), NM(3, 4), NM(3, 6)]
+PATTERNS = [NM(2, 4), NM(1, 2), NM(4, 8), NM(16, 32), NM(1, 4), NM(3, 4), NM(3, 6)]
 PATTERNS += [Unstructured(0.5), Unstructured(0.6), Unstructured(0.95)]
 STREAMED = [(pattern, torch.bfloat16) for pattern in (NM(2, 4), NM(16, 32), Unstructured(0.5), Unstructured(0.95))]
 STREAMED += [(NM(3, 4), torch.float16)]
@@ -208,7 +208,7 @@ def test_on_hopper_more_tokens_are_streamed(pattern: Pattern, monkeypatch: pytes
     for tokens in (4, 8, 9, 20, 33, 100):
         launch = cuda.plan(matrix.layout, tokens, 0)
         assert launch is not None
-        streamed = tokens > (4 if matrix.layout.overflow else 8)
+        streamed = tokens > (8 if matrix.layout.pairs else 4)
         assert (launch.tile >= tokens) == streamed == launch.kernel.startswith("stream<")
         check(weight, matrix, tokens, None)
     large = matrix.layout._replace(rows=2**14, in_features=2**12)
