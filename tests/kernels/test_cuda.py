@@ -272,9 +272,9 @@ def test_rows_that_keep_all_and_rows_that_keep_nothing():
         check(weight, matrix, tokens, None)
 
 
-@pytest.mark.parametrize("count", [8, 28])
+@pytest.mark.parametrize("count", [8, 24])
 def test_numbers_of_slots_that_the_patterns_above_do_not_have(count: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(slots, "SLOTS", (count,))
+    monkeypatch.setattr(slots, "PACKED", (count,))
     for sparsity in (0.2, 0.6):
         weight = sparse((21, 1120), Unstructured(sparsity), torch.bfloat16)
         matrix = compress(weight, Unstructured(sparsity))

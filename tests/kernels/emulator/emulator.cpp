@@ -29,7 +29,7 @@ static_assert(offsetof(Call, steps) == 76 && offsetof(Call, flags) == 80 && offs
   PER_SLOTS(BF16, 16, false, true) PER_SLOTS(BF16, 16, false, false)                           \
   PER_SLOTS(BF16, 24, false, false) PER_SLOTS(BF16, 16, true, false)                           \
   PER_SLOTS(BF16, 8, false, false)                                                             \
-  PER_SLOTS(BF16, 12, true, false) PER_SLOTS(BF16, 4, true, false)
+  PER_SLOTS(BF16, 24, true, false) PER_SLOTS(BF16, 4, true, false)
 
 // False if there is no kernel of this name.
 extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, int cluster, const Call& call) {
@@ -38,7 +38,7 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
   ARRANGE(true) ARRANGE(false)
   PER_TYPE(true)
-  PER_SLOTS(true, 8, true, false) PER_SLOTS(true, 28, true, false)
+  PER_SLOTS(true, 8, true, false)
   PER_SLOTS(true, 32, true, false)
   PER_TYPE(false)
   return false;
