@@ -62,7 +62,7 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     """
     rows, columns = weight.shape
     weight = weight.detach()
-    mask = nonzero_bits(weight)
+    mask, values = nonzeros(weight, columns // pattern.group * pattern.kept if isinstance(pattern, NM) else 0)
     if isinstance(pattern, NM):
         pattern.check_width(columns)
         least, most = _kept_in_groups(mask, columns, pattern.group)
@@ -78,8 +78,9 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
         )
     if not full:
         mask = pack_bits(_filled(unpack_bits(mask, columns), pattern))
-    starts = row_starts(mask)
-    values = take_kept(weight, mask, starts)
+    if not full or not len(values):
+        starts = row_starts(mask)
+        values = take_kept(weight, mask, starts)
     if isinstance(pattern, NM):
         return {"weight": values.reshape(rows, -1), "weight_mask": mask}
     return {"weight": values, "weight_mask": mask, "weight_rows": starts}
@@ -179,10 +180,14 @@ def _as_numpy(x: Tensor) -> np.ndarray:
     return x.detach().view(_INTEGERS[x.element_size()]).numpy()
 
 
-def nonzero_bits_reference(weight: Tensor) -> Tensor:
-    """`pack_bits(weight != 0)`: what `nonzero_bits` does where `kernels` has nothing faster."""
+def nonzeros_reference(weight: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """`pack_bits(weight != 0)`, and no values: what `nonzeros` does where `kernels` has nothing faster.
+
+    A kernel takes the values as well, [out * kept], if each row has `kept` of them, for it then knows where they go.
+    """
+    none = weight.new_empty(0)
     if weight.device.type != "cpu":
-        return pack_bits(weight != 0)
+        return pack_bits(weight != 0), none
     rows, columns = weight.shape
     mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
     target, source = mask.numpy(), _as_numpy(weight)
@@ -192,7 +197,7 @@ def nonzero_bits_reference(weight: Tensor) -> Tensor:
         target[some] = np.packbits(without_sign.astype(bool), axis=1, bitorder="little")
 
     _in_parts(pack, rows, columns)
-    return mask
+    return mask, none
 
 
 def take_kept_reference(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
@@ -224,7 +229,7 @@ def put_kept_reference(values: Tensor, mask: Tensor, in_features: int) -> Tensor
     return dense
 
 
-nonzero_bits = torch.library.custom_op("optimum_sparse::nonzero_bits", nonzero_bits_reference, mutates_args=())
+nonzeros = torch.library.custom_op("optimum_sparse::nonzeros", nonzeros_reference, mutates_args=())
 take_kept = torch.library.custom_op("optimum_sparse::take_kept", take_kept_reference, mutates_args=())
 put_kept = torch.library.custom_op("optimum_sparse::put_kept", put_kept_reference, mutates_args=())
 

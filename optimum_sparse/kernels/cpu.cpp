@@ -11,6 +11,7 @@
 // PyTorch's own (see cpu.py), so that its threads and their number are shared.
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -499,27 +500,55 @@ AVX512 inline int64_t take_kept_avx512(const uint16_t* w, int64_t columns, const
 
 #endif
 
+// A row's mask; returns how many values that keeps.
 template <class U>
-void nonzero_bits(int level, const U* w, int64_t rows, int64_t columns, uint8_t* mask) {
+int64_t nonzero_bits(int level, const U* w, int64_t columns, uint8_t* mask) {
   const int64_t bytes = (columns + 7) / 8;
+  int64_t done = 0, count = 0;
+#ifdef X86
+  if constexpr (sizeof(U) == 2)
+    if (level >= VIA_AVX512) done = nonzero_bits_avx512(w, columns, mask);
+#endif
+  for (int64_t byte = done / 8; byte < bytes; byte++) {
+    const U* here = w + 8 * byte;
+    const int64_t there = std::min<int64_t>(8, columns - 8 * byte);
+    auto pack = [here](int64_t count) {
+      uint8_t bits = 0;
+      for (int i = 0; i < count; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;  // of 0 and -0 nothing is left
+      return bits;
+    };
+    mask[byte] = there == 8 ? pack(8) : pack(there);  // the compiler unrolls the first
+  }
+  for (int64_t byte = 0; byte < bytes; byte += 8) count += std::popcount(word(mask + byte, bytes - byte));
+  return count;
+}
+// A row's values, as many as `end - to`, which `mask` keeps.
+template <class U>
+void take_kept(int level, const U* w, int64_t columns, const uint8_t* mask, U* to, U* end) {
+  const int64_t bytes = (columns + 7) / 8;
+  int64_t done = 0;
+#ifdef X86
+  if constexpr (sizeof(U) == 2)
+    if (level >= VIA_AVX512) done = take_kept_avx512(w, columns, mask, to, end);
+#endif
+  for (int64_t byte = done / 8; byte < bytes; byte += 8)
+    for (uint64_t bits = word(mask + byte, bytes - byte); bits; bits &= bits - 1)
+      *to++ = w[8 * byte + std::countr_zero(bits)];
+}
+
+// Values only as long as each row has `kept` of them; returns whether all have. They are taken while a row is in the cache.
+template <class U>
+bool nonzeros(int level, const U* w, int64_t rows, int64_t columns, int64_t kept, uint8_t* mask, U* values) {
+  const int64_t bytes = (columns + 7) / 8;
+  std::atomic<bool> all = kept > 0;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    int64_t done = 0;
-#ifdef X86
-    if constexpr (sizeof(U) == 2)
-      if (level >= VIA_AVX512) done = nonzero_bits_avx512(w + row * columns, columns, mask + row * bytes);
-#endif
-    for (int64_t byte = done / 8; byte < bytes; byte++) {
-      const U* here = w + row * columns + 8 * byte;
-      const int64_t there = std::min<int64_t>(8, columns - 8 * byte);
-      auto pack = [here](int64_t count) {
-        uint8_t bits = 0;
-        for (int i = 0; i < count; i++) bits |= uint8_t(U(here[i] << 1) != 0) << i;  // of 0 and -0 nothing is left
-        return bits;
-      };
-      mask[row * bytes + byte] = there == 8 ? pack(8) : pack(there);  // the compiler unrolls the first
-    }
+    const int64_t count = nonzero_bits(level, w + row * columns, columns, mask + row * bytes);
+    if (count != kept) all.store(false, std::memory_order_relaxed);
+    else if (all.load(std::memory_order_relaxed))
+      take_kept(level, w + row * columns, columns, mask + row * bytes, values + row * kept, values + (row + 1) * kept);
   }
+  return all;
 }
 
 // `starts` count what `mask` has.
@@ -527,18 +556,8 @@ template <class U>
 void take_kept(int level, const U* w, const uint8_t* mask, const int64_t* starts, int64_t rows, int64_t columns, U* values) {
   const int64_t bytes = (columns + 7) / 8;
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    U* to = values + starts[row];
-    const U* here = w + row * columns;
-    int64_t done = 0;
-#ifdef X86
-    if constexpr (sizeof(U) == 2)
-      if (level >= VIA_AVX512) done = take_kept_avx512(here, columns, mask + row * bytes, to, values + starts[row + 1]);
-#endif
-    for (int64_t byte = done / 8; byte < bytes; byte += 8)
-      for (uint64_t bits = word(mask + row * bytes + byte, bytes - byte); bits; bits &= bits - 1)
-        *to++ = here[8 * byte + std::countr_zero(bits)];
-  }
+  for (int64_t row = 0; row < rows; row++)
+    take_kept(level, w + row * columns, columns, mask + row * bytes, values + starts[row], values + starts[row + 1]);
 }
 
 template <class Run>
@@ -589,12 +608,18 @@ void optimum_sparse_cpu_linear(int type, MATRIX, int level, const void* x, int64
   });
 }
 
-// The mask of the disk format for a dense w [rows, columns] of elements of 1, 2, 4 or 8 bytes.
-void optimum_sparse_cpu_nonzero_bits(int bytes, const void* w, int64_t rows, int64_t columns, int level, uint8_t* mask) {
-  with_bytes(bytes, [&](auto u) { nonzero_bits(level, (const decltype(u)*)w, rows, columns, mask); });
+// The mask of the disk format for a dense w [rows, columns] of elements of 1, 2, 4 or 8 bytes, and values [rows, kept]: true if
+// each row has so many.
+bool optimum_sparse_cpu_nonzeros(int bytes, const void* w, int64_t rows, int64_t columns, int64_t kept, int level, uint8_t* mask,
+                                 void* values) {
+  bool all = false;
+  with_bytes(bytes, [&](auto u) {
+    all = nonzeros(level, (const decltype(u)*)w, rows, columns, kept, mask, (decltype(u)*)values);
+  });
+  return all;
 }
 
-// And the values that a mask keeps; starts [rows + 1] are those of the mask.
+// The values that a mask keeps; starts [rows + 1] are those of the mask.
 void optimum_sparse_cpu_take_kept(int bytes, const void* w, const uint8_t* mask, const int64_t* starts, int64_t rows,
                                   int64_t columns, int level, void* values) {
   with_bytes(bytes, [&](auto u) {

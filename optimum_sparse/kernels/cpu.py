@@ -36,8 +36,8 @@ def library() -> ctypes.CDLL | None:
     found.optimum_sparse_cpu_linear.restype = found.optimum_sparse_cpu_expand.restype = None
     found.optimum_sparse_cpu_linear.argtypes = [*matrix, number, pointer, integer, pointer, pointer]
     found.optimum_sparse_cpu_expand.argtypes = [*matrix, number, pointer]
-    found.optimum_sparse_cpu_nonzero_bits.restype = found.optimum_sparse_cpu_take_kept.restype = None
-    found.optimum_sparse_cpu_nonzero_bits.argtypes = [number, pointer, integer, integer, number, pointer]
+    found.optimum_sparse_cpu_nonzeros.restype, found.optimum_sparse_cpu_take_kept.restype = ctypes.c_bool, None
+    found.optimum_sparse_cpu_nonzeros.argtypes = [number, pointer, *[integer] * 3, number, pointer, pointer]
     found.optimum_sparse_cpu_take_kept.argtypes = [number, pointer, pointer, pointer, *[integer] * 2, number, pointer]
     return found
 
@@ -87,17 +87,18 @@ def _call(name: str, weight: Tensor, mask: Tensor, rows: Tensor | None, in_featu
     getattr(found, f"optimum_sparse_cpu_{name}")(*matrix, starts, len(mask), in_features, *more)
 
 
-@bitmask.nonzero_bits.register_kernel("cpu")
-def _nonzero_bits(weight: Tensor) -> Tensor:
+@bitmask.nonzeros.register_kernel("cpu")
+def _nonzeros(weight: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     found = library()
     if found is None:
-        return bitmask.nonzero_bits_reference(weight)
+        return bitmask.nonzeros_reference(weight, kept)
     weight = weight.contiguous()
     mask = torch.empty(len(weight), -(-weight.shape[1] // 8), dtype=torch.uint8)
+    values = _large_pages(len(weight) * kept, weight)
     torch.get_num_threads()  # as in `_call`
     matrix = weight.element_size(), weight.data_ptr(), *weight.shape
-    found.optimum_sparse_cpu_nonzero_bits(*matrix, best_level(), mask.data_ptr())
-    return mask
+    all_kept = found.optimum_sparse_cpu_nonzeros(*matrix, kept, best_level(), mask.data_ptr(), values.data_ptr())
+    return mask, values if all_kept else values[:0].clone()
 
 
 @bitmask.take_kept.register_kernel("cpu")
@@ -106,12 +107,17 @@ def _take_kept(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
     if found is None:
         return bitmask.take_kept_reference(weight, mask, starts)
     weight, mask, starts = weight.contiguous(), mask.contiguous(), starts.contiguous()
-    # numpy asks for large pages, PyTorch does not: to touch new small ones takes longer than all else here.
-    values = torch.from_numpy(np.empty(int(starts[-1]), f"i{weight.element_size()}")).view(weight.dtype)
+    values = _large_pages(int(starts[-1]), weight)
     torch.get_num_threads()
     matrix = weight.element_size(), weight.data_ptr(), mask.data_ptr(), starts.data_ptr(), *weight.shape
     found.optimum_sparse_cpu_take_kept(*matrix, best_level(), values.data_ptr())
     return values
+
+
+def _large_pages(count: int, like: Tensor) -> Tensor:
+    """Memory for so many values. numpy asks for large pages, PyTorch does not: to touch new small ones takes longer
+    than to encode."""
+    return torch.from_numpy(np.empty(count, f"i{like.element_size()}")).view(like.dtype)
 
 
 @bitmask.put_kept.register_kernel("cpu")

@@ -178,8 +178,9 @@ def test_kernels_do_what_their_references_do(dtype: torch.dtype, level: int, mon
         weight = random_weight(rows, columns).masked_fill(random_weight(rows, columns, seed=1) < 0, 0.0)
         weight[0, 0], weight[-1, -1] = -0.0, float("nan")
         weight = weight.to(dtype)
-        mask = bitmask.nonzero_bits(weight)
-        assert torch.equal(mask, bitmask.nonzero_bits_reference(weight))
+        mask, none = bitmask.nonzeros(weight, columns)
+        assert torch.equal(mask, bitmask.nonzeros_reference(weight, columns)[0])
+        assert not len(none)  # there are zeros
         assert torch.equal(bitmask.unpack_bits(mask, columns), weight.float() != 0)
         starts = torch.cat([torch.zeros(1), (weight.float() != 0).sum(1).cumsum(0)]).long()
         values = bitmask.take_kept(weight, mask, starts)
@@ -188,6 +189,26 @@ def test_kernels_do_what_their_references_do(dtype: torch.dtype, level: int, mon
         )
         dense = bitmask.put_kept(values, mask, columns)
         assert equal_bits(dense, bitmask.put_kept_reference(values, mask, columns))
+
+
+@pytest.mark.parametrize("level", range(len(cpu.LEVELS)), ids=cpu.LEVELS.__getitem__)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
+def test_values_come_with_the_mask_where_rows_have_equally_many(
+    dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
+):
+    if cpu.library() is None or level > cpu.best_level():
+        pytest.skip("the CPU kernels were not built, or for more than this CPU")
+    monkeypatch.setattr(cpu, "best_level", lambda: level)
+    for rows, columns, kept in ((1, 8, 8), (9, 64, 1), (37, 100, 50), (70, 328, 164), (300, 96, 90)):
+        keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows)).argsort(1) < kept
+        weight = (random_weight(rows, columns).abs() + 1).where(keep, 0.0).to(dtype)
+        mask, values = bitmask.nonzeros(weight, kept)
+        assert torch.equal(bitmask.unpack_bits(mask, columns), keep)
+        assert torch.equal(values.view(torch.uint8), weight[keep].view(torch.uint8))
+        for other in (kept - 1, kept + 1, 0):
+            assert not len(bitmask.nonzeros(weight, other)[1])
+        weight[rows // 2, keep[rows // 2].nonzero()[-1]] = -0.0
+        assert not len(bitmask.nonzeros(weight, kept)[1])
 
 
 @pytest.mark.parametrize("level", range(len(cpu.LEVELS)), ids=cpu.LEVELS.__getitem__)
