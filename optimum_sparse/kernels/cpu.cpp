@@ -610,8 +610,8 @@ void optimum_sparse_cpu_linear(int type, MATRIX, int level, const void* x, int64
 
 // The mask of the disk format for a dense w [rows, columns] of elements of 1, 2, 4 or 8 bytes, and values [rows, kept]: true if
 // each row has so many.
-bool optimum_sparse_cpu_nonzeros(int bytes, const void* w, int64_t rows, int64_t columns, int64_t kept, int level, uint8_t* mask,
-                                 void* values) {
+bool optimum_sparse_cpu_nonzeros(int bytes, const void* w, int64_t rows, int64_t columns, int64_t kept, int level,
+                                 uint8_t* mask, void* values) {
   bool all = false;
   with_bytes(bytes, [&](auto u) {
     all = nonzeros(level, (const decltype(u)*)w, rows, columns, kept, mask, (decltype(u)*)values);

@@ -2,12 +2,13 @@
 //
 // Decoding waits for memory, and W has about 0.56 of its dense bytes: what keeps up with memory is free, and that is
 // some ten instructions for each kept weight. A mask word stands for 32 columns of a row. Its highest bit is the column
-// of its last value; take both away, and the same holds for what is left. That walk brings values and columns together,
-// in one of two ways. Where tensor cores multiply, 2:4 needs no walk: two values in four columns have six arrangements.
+// of its last value; take both away, and the same holds for what is left: a walk that brings values and columns together.
 //
-//   gather    few tokens. A lane holds a word and its values, and reads x at the columns it meets.
-//   multiply  more tokens. The values are written to their columns in a tile of shared memory that is then dense, and
-//             tensor cores multiply. On Hopper, blocks of a cluster may share out the columns.
+//   gather    few tokens. A lane holds a word and its values, walks it, and reads x at the columns it meets.
+//   multiply  more tokens. A lane brings its word's columns to registers, and tensor cores multiply: `lay_out`, `pairs_of`. Two
+//             values in four columns have six arrangements; where each value has a slot, as many bits as there are up to a
+//             column say which value is its; else a walk writes the values to their columns in shared memory. On Hopper,
+//             blocks of a cluster may share out the columns.
 //   stream    more tokens yet, on Hopper: as `multiply`, by warpgroups, for all of which x is in shared memory: one warpgroup
 //             brings it, or, of many tokens, `arrange` has written it in order. All steps of the whole product are shared
 //             out evenly; or clusters, each with 64 rows, share out the columns.
@@ -62,8 +63,8 @@ template <bool FLOAT, int FIRST>
 __device__ __forceinline__ u32 walk(u32 word) {
   return FLOAT ? __float_as_uint((float)(word & 0xffffff00) * __uint_as_float(FIRST << 23)) : word;
 }
-// The number of the next bit, counted from FIRST, at bit 23: where a float has its exponent. 0 if there is none, with FLOAT or
-// a FIRST of 1.
+// The number of the next bit, counted from FIRST, at bit 23: where a float has its exponent. 0 if there is none; without FLOAT,
+// FIRST is 1.
 template <bool FLOAT, int FIRST>
 __device__ __forceinline__ u32 next_bit(u32& left) {
   if (!FLOAT) {
@@ -77,12 +78,12 @@ __device__ __forceinline__ u32 next_bit(u32& left) {
 }
 __device__ __forceinline__ u32 bits_left(u32 left) { return (u32)(__uint_as_float(left) * 0x1p126f); }  // with FLOAT, from 1
 
-// Of 16 bits or more the upper half is among the upper 24, and the lower half among the lower 24. With OVERFLOW slots have values
-// of these alone.
+// ---- gather
+
+// Of 16 bits or more the upper half is among the upper 24, and the lower half among the lower 24. With OVERFLOW slots have
+// values of these alone.
 template <int SLOTS, bool OVERFLOW>
 constexpr bool BY_FLOAT = OVERFLOW || SLOTS >= 16;
-
-// ---- gather
 
 constexpr int STEP = 32;  // words of a row, one per lane, that a warp takes at a time: 1,024 columns
 
@@ -173,15 +174,16 @@ __global__ void __launch_bounds__(1024) gather(const Call call) {
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, stride = gridDim.x * (blockDim.x / LANES);
   const u32 words = w.columns / 32, steps = (words + STEP - 1) / STEP;
-  constexpr int CELL = 4 * TOKENS, ROUNDS = 2;  // bytes; how many of its row's overflow a lane takes in a step
-  const u32 staged = from_lane(address(memory), 0), last_column = (u32)(w.columns - 1) << 16 | 0xffff;
+  constexpr int CELL = 4 * TOKENS, ROUNDS = 2;           // bytes; how many of its row's overflow a lane takes in a step
+  const u32 staged = from_lane(address(memory), 0);      // from a register: else the compiler works it out for each entry
+  const u32 last_column = (u32)(w.columns - 1) << 16 | 0xffff;
   struct Step {  // what a lane has of one
     u32 bits, values[SLOTS / 2], entries[ROUNDS];
     int entry, end;  // where the entries are, and where the row's end
   };
   Step ahead;
-  int row = blockIdx.x * (blockDim.x / LANES) + warp, next_entry = 0, next_end = 0;  // of the row after
-  u32 step = 0;                                                                      // with `row`, what is ahead
+  int row = blockIdx.x * (blockDim.x / LANES) + warp, next_entry = 0, next_end = 0;  // the latter two of the row after
+  u32 step = 0;
   auto advance = [&](int& row, u32& step) INLINE {
     if (++step == steps) step = 0, row += stride;
   };
@@ -369,9 +371,9 @@ struct Words {
   }
 };
 
-// A dense tile in shared memory: columns t and 16 + t of a lane's word at BLOCK * t + 4 * lane. So each lane has a bank of its
-// own, and no walk gets into another's way. Columns that W does not keep have what was there before: who reads a pair masks
-// it, which is faster than to write zeros first.
+// For words with values that have no slot, or with more than 16 slots: a dense tile in shared memory, columns t and 16 + t of a
+// lane's word at BLOCK * t + 4 * lane. So each lane has a bank of its own, and no walk gets into another's way. Columns that W
+// does not keep have what was there before: who reads a pair masks it, which is faster than to write zeros first.
 __device__ __forceinline__ u32 inside(int column) { return column << 7 & 0x780 | column >> 3 & 2; }  // of a word
 // The address of a column, whose number is at bit 23, in a word at `own`; with `own ^ inside(31)`, of 31 minus that. Any number
 // is safe.
@@ -389,16 +391,15 @@ template <int N, int SLOTS, bool OVERFLOW>
 __device__ __forceinline__ void spread(const Matrix& w, const Words<SLOTS, OVERFLOW> (&words)[N], const int (&groups)[N],
                                        int span, const u32 (&tiles)[N]) {
   const int lane = threadIdx.x % LANES;
-  constexpr bool FLOAT = BY_FLOAT<SLOTS, OVERFLOW>;
   u32 down[N], up[N];
 #pragma unroll
-  for (int k = 0; k < N; k++) down[k] = walk<FLOAT, 128>(words[k].bits), up[k] = walk<FLOAT, 128>(reversed(words[k].bits));
+  for (int k = 0; k < N; k++) down[k] = walk<true, 128>(words[k].bits), up[k] = walk<true, 128>(reversed(words[k].bits));
   auto half = [&](u32 pair, int i) { return i % 2 ? pair >> 16 : pair; };
 #pragma unroll
   for (int n = 0; n < SLOTS / 2; n++)
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const u32 last = next_bit<FLOAT, 128>(down[k]), first = next_bit<FLOAT, 128>(up[k]), own = tiles[k] | 4 * lane;
+      const u32 last = next_bit<true, 128>(down[k]), first = next_bit<true, 128>(up[k]), own = tiles[k] | 4 * lane;
       constexpr int LAST = SLOTS - 1;
       store2(cell(last, own), half(words[k].values[(LAST - n) / 2], LAST - n));
       store2(cell(first, own ^ inside(31)), half(words[k].values[n / 2], n));
@@ -438,10 +439,10 @@ __device__ __forceinline__ void reorder(u32 (&pairs)[16]) {
   for (int i = 0; i < 16; i++) pairs[i] = found[i];
 }
 
-// Where each value has a slot, and there are 16 at most, no walk is needed: how many bits there are up to a column is the number of
-// its value. `stage` writes a word's values to shared memory, each beside the one after it: n - 1 and n at BLOCK * n from a
-// lane's `own`, where of 16 the last and the first share a place. From there `window` reads columns 2 t and 2 t + 1, n being the
-// number of bits up to the first of them: whichever are kept, they are in their halves.
+// Where each value has a slot, and there are 16 at most, no walk is needed: how many bits there are up to a column is the
+// number of its value. `stage` writes a word's values to shared memory, each beside the one before it: n - 1 and n at BLOCK * n
+// from a lane's `own`, where of 16 the last and the first share a place. From there `window` reads columns 2 t and 2 t + 1, n
+// being the number of bits up to the first of them: whichever are kept, they are in their halves.
 template <int SLOTS, bool OVERFLOW>
 constexpr bool WINDOWS = !OVERFLOW && SLOTS <= 16;
 
@@ -499,7 +500,8 @@ __device__ __forceinline__ void lay_out(u32 (&counts)[N][4], const Matrix& w, co
 }
 // Four columns of a lane's word, of 8 times four, in the order in which `load_x` has those of x: neighbours, or `reorder`ed.
 template <bool PAIRS, int SLOTS, bool OVERFLOW>
-__device__ __forceinline__ uint2 pairs_of(const Words<SLOTS, OVERFLOW>& word, const u32 (&counts)[4], int i, u32 own, u32 table) {
+__device__ __forceinline__ uint2 pairs_of(const Words<SLOTS, OVERFLOW>& word, const u32 (&counts)[4], int i, u32 own,
+                                          u32 table) {
   if constexpr (PAIRS) return four_columns(word, i, table);
   else if constexpr (WINDOWS<SLOTS, OVERFLOW>)
     return make_uint2(window(counts, word.bits, own, 2 * i), window(counts, word.bits, own, 2 * i + 1));
@@ -937,7 +939,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
       __syncwarp();
       ask(slot);
       if (++slot == AHEAD) slot = 0;
-      const int here = now.tile / token_tiles * HEIGHT + 2 * mine, here_span = (now.stop - left - now.tile * steps) * SIDE + side;
+      const int here = now.tile / token_tiles * HEIGHT + 2 * mine;
+      const int here_span = (now.stop - left - now.tile * steps) * SIDE + side;
       u32 a[SPAN / 16][4], counts[2][4];
       lay_out<PAIRS, 2>(counts, w, words, {here, here + 1}, here_span, {tiles, tiles + TILE});
 #pragma unroll
@@ -1019,6 +1022,5 @@ __global__ void __launch_bounds__(256) expand(const Call call) {
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i++)
       if (row + 2 * i < w.rows && column < w.columns) y[i * (w.columns / 4)] = load16(from + 2 * i * 256);
-    __syncwarp();
   }
 }

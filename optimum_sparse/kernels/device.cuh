@@ -50,13 +50,6 @@ __device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
   asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   return result;
 }
-// The upper half of a * b, plus c.
-__device__ __forceinline__ u32 multiply_high(u32 a, int b, u32 c) {
-  u32 result;
-  asm("mad.hi.s32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-  return result;
-}
-
 template <bool BF16>
 __device__ __forceinline__ float to_float(u16 x) {
   if (BF16) return __uint_as_float((u32)x << 16);

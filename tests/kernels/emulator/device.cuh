@@ -185,7 +185,6 @@ inline u32 dot(u32 a, u32 b, u32 c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
   return c;
 }
-inline u32 multiply_high(u32 a, int b, u32 c) { return (u32)((i64)(int)a * b >> 32) + c; }
 inline u32 and_xor(u32 a, u32 mask, u32 b) { return a & mask ^ b; }
 inline u32 __umulhi(u32 a, u32 b) { return (u64)a * b >> 32; }
 inline int highest_bit(u32 word) { return word ? 31 - __builtin_clz(word) : -1; }

@@ -23,12 +23,12 @@ static_assert(offsetof(Call, steps) == 76 && offsetof(Call, flags) == 80 && offs
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128,false>)  \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,256,false>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,64,true>)   \
   ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,2,128,true>) ENTRY(stream<BF16,SLOTS,OVERFLOW,PAIRS,4,64,true>)
-#define ARRANGE(PAIRS)                                                                             \
-  ENTRY(arrange<64,PAIRS>) ENTRY(arrange<128,PAIRS>) ENTRY(arrange<256,PAIRS>)
+#define ARRANGE(NEIGHBOURS)                                                                    \
+  ENTRY(arrange<64,NEIGHBOURS>) ENTRY(arrange<128,NEIGHBOURS>) ENTRY(arrange<256,NEIGHBOURS>)
 #define PER_TYPE(BF16)                                                                         \
   PER_SLOTS(BF16, 16, false, true) PER_SLOTS(BF16, 16, false, false)                           \
   PER_SLOTS(BF16, 24, false, false) PER_SLOTS(BF16, 16, true, false)                           \
-  PER_SLOTS(BF16, 8, false, false)                                                             \
+  PER_SLOTS(BF16, 4, false, false) PER_SLOTS(BF16, 12, false, false)                           \
   PER_SLOTS(BF16, 24, true, false) PER_SLOTS(BF16, 4, true, false)
 
 // False if there is no kernel of this name.
@@ -38,7 +38,7 @@ extern "C" bool emulate(const char* kernel, int x, int y, int threads, int share
   STREAM(false, 24, false, false) STREAM(true, 16, false, true)
   ARRANGE(true) ARRANGE(false)
   PER_TYPE(true)
-  PER_SLOTS(true, 8, true, false)
+  PER_SLOTS(true, 8, false, false) PER_SLOTS(true, 8, true, false)
   PER_SLOTS(true, 32, true, false)
   PER_TYPE(false)
   return false;
