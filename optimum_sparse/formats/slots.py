@@ -29,9 +29,9 @@ from .bitmask import unpack_bits
 
 
 SLOTS = (4, 8, 12, 16, 20, 24, 28, 32)  # that kernels take
-# What `pack` chooses, as measured on an H200 with 30 to 90 % zeros. 12, 20 and 28 slots take more and smaller loads, for
-# 16 bytes do not divide them: at one token the next of these is faster. An entry of the list, of 4 bytes, takes as long
-# as ENTRY bytes of slots.
+# What `pack` chooses, as measured on an H200 with 30 to 90 % zeros. 12, 20 and 28 slots take more and smaller loads,
+# and the next of these is faster at one token. An entry of the list has 4 bytes, and takes as long as ENTRY bytes of
+# slots.
 PACKED, ENTRY = (4, 8, 16, 24, 32), 7
 NEAR = 24  # columns of a word that each half of its slots can have values of
 ROWS, SPAN = 8, 128  # of which kernels read the starts at a time
