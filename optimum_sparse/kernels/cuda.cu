@@ -383,6 +383,7 @@ __device__ __forceinline__ u32 cell(u32 number, u32 own) { return and_xor(__umul
 __device__ __forceinline__ u32 read_pair(u32 bits, u32 own, int t) {
   return load4(own + BLOCK * t) & permute(bits << (7 - t % 8), 0, t < 8 ? 0xaa88 : 0xbb99);
 }
+
 // A warp writes its words of N tiles, the `groups`th eight rows of a span, to `tiles`, whose addresses TILE divides. A word is
 // walked from both ends, which are two chains of instructions that do not wait for each other. Where a walk finds no bit, it
 // writes to column 0 (from the highest bit down) or 31, and the value is what belongs there: see formats/slots.py. Without
