@@ -116,7 +116,7 @@ def _take_kept(weight: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
 
 def _large_pages(count: int, like: Tensor) -> Tensor:
     """Memory for so many values. numpy asks for large pages, PyTorch does not: to touch new small ones takes longer
-    than to encode."""
+    than to encode, or to decode."""
     return torch.from_numpy(np.empty(count, f"i{like.element_size()}")).view(like.dtype)
 
 
@@ -125,4 +125,5 @@ def _put_kept(values: Tensor, mask: Tensor, in_features: int) -> Tensor:
     if values.dtype not in TYPES or library() is None:
         return bitmask.put_kept_reference(values, mask, in_features)
     rows = bitmask.row_starts(mask) if values.dim() == 1 else None  # N:M: all have the same number
-    return expand(values, mask, rows, in_features, best_level())
+    room = _large_pages(len(mask) * in_features, values).view(len(mask), in_features)
+    return expand(values, mask, rows, in_features, best_level(), room)
