@@ -62,12 +62,13 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
     """
     rows, columns = weight.shape
     weight = weight.detach()
-    mask, values = nonzeros(weight, columns // pattern.group * pattern.kept if isinstance(pattern, NM) else 0)
     if isinstance(pattern, NM):
         pattern.check_width(columns)
+        mask, values = nonzeros(weight, columns // pattern.group * pattern.kept)
         least, most = _kept_in_groups(mask, columns, pattern.group)
         fits, full = most <= pattern.kept, least == pattern.kept
     else:
+        mask, values = nonzeros(weight, 0)
         room, count = pattern.kept(weight.numel()), int(_set_bits(mask).sum())
         fits, full = count <= room, count == room
     if not fits:

@@ -71,7 +71,8 @@ def expand(
     room: Tensor | None = None,
 ) -> Tensor:
     """The dense matrix [out, in], in the first rows of `room` [out or more, in] if that is given."""
-    dense = weight.new_empty(len(weight_mask), in_features) if room is None else room[: len(weight_mask)]
+    rows = len(weight_mask)
+    dense = _large_pages(rows * in_features, weight).view(rows, in_features) if room is None else room[:rows]
     _call("expand", weight, weight_mask, weight_rows, in_features, level, dense.data_ptr())
     return dense
 
@@ -125,5 +126,4 @@ def _put_kept(values: Tensor, mask: Tensor, in_features: int) -> Tensor:
     if values.dtype not in TYPES or library() is None:
         return bitmask.put_kept_reference(values, mask, in_features)
     rows = bitmask.row_starts(mask) if values.dim() == 1 else None  # N:M: all have the same number
-    room = _large_pages(len(mask) * in_features, values).view(len(mask), in_features)
-    return expand(values, mask, rows, in_features, best_level(), room)
+    return expand(values, mask, rows, in_features, best_level())
