@@ -21,9 +21,11 @@ from optimum_sparse.nn import linear as layer_module
 
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-PATTERNS = [NM(2, 4), NM(1, 2), NM(16, 32), NM(1, 8), NM(3, 8), NM(3, 4), NM(3, 6)]
+PATTERNS = [NM(2, 4), NM(1, 2), NM(4, 8), NM(16, 32), NM(1, 8), NM(3, 8), NM(3, 4), NM(3, 6)]
 PATTERNS += [Unstructured(0.5), Unstructured(0.6), Unstructured(0.95)]
-STREAMED = [(pattern, torch.bfloat16) for pattern in (NM(2, 4), NM(16, 32), Unstructured(0.5), Unstructured(0.95))]
+STREAMED = [
+    (pattern, torch.bfloat16) for pattern in (NM(2, 4), NM(16, 32), NM(1, 4), Unstructured(0.5), Unstructured(0.95))
+]
 STREAMED += [(NM(3, 4), torch.float16)]
 KERNELS = Path(cuda.__file__).parent
 

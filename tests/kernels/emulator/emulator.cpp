@@ -35,7 +35,7 @@ static_assert(offsetof(Call, steps) == 76 && offsetof(Call, flags) == 80 && offs
 extern "C" bool emulate(const char* kernel, int x, int y, int threads, int shared, int cluster, const Call& call) {
   const std::string name = kernel;
   STREAM(true, 16, false, false) STREAM(true, 16, true, false) STREAM(true, 4, true, false)
-  STREAM(false, 24, false, false) STREAM(true, 16, false, true)
+  STREAM(false, 24, false, false) STREAM(true, 16, false, true) STREAM(true, 8, false, false)
   ARRANGE(true) ARRANGE(false)
   PER_TYPE(true)
   PER_SLOTS(true, 8, false, false) PER_SLOTS(true, 8, true, false)
