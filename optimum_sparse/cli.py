@@ -109,7 +109,9 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as stored [auto]"
     )
-    group.add_argument("--device-map", help="auto, cpu, cuda, ...: where accelerate puts the model [cpu]")
+    group.add_argument(
+        "--device-map", default="auto", help="cpu, cuda, ...; auto: the GPUs, and what does not fit elsewhere [auto]"
+    )
     _add_trust(group)
 
 
@@ -118,7 +120,7 @@ def _add_trust(group: Any) -> None:
 
 
 def _loading(args: argparse.Namespace) -> dict[str, Any]:
-    if args.device_map not in (None, "auto", *SPREAD):
+    if args.device_map not in ("auto", *SPREAD):
         usable_device(args.device_map)
     return {"dtype": args.dtype, "device_map": args.device_map, "trust_remote_code": args.trust_remote_code}
 

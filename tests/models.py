@@ -4,10 +4,12 @@ Every model here has hidden width 32, 2 to 4 blocks and 200 tokens, so that a pr
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -17,6 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_sparse import SparsityConfig
 
+
+# A folder with a dense SmolLM2-135M, and a .txt, .jsonl or .parquet file of 20,000 tokens or more.
+REAL_MODEL, REAL_TEXT = os.environ.get("REAL_MODEL", ""), os.environ.get("REAL_TEXT", "")
+needs_real_model = pytest.mark.skipif(
+    not (REAL_MODEL and REAL_TEXT), reason="needs REAL_MODEL and REAL_TEXT: see tests/gpu/test_real_model.py"
+)
 
 VOCABULARY = 200
 TOKENS = 24
@@ -92,6 +100,29 @@ def make_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
             else:
                 parameter.mul_(4)  # initialized at 0.02: attention would be flat, and position would not matter
     return model.eval()
+
+
+def upcycled(model: PreTrainedModel, experts: int = 8, seed: int = 0) -> PreTrainedModel:
+    """A Mixtral that computes what a Llama does: each expert is the MLP of that, and the router is random.
+
+    For the weights of a token's experts add up to 1 (sparse upcycling, Komatsuzaki et al. 2023, section 2).
+    """
+    options = dict(model.config.to_dict(), num_local_experts=experts, num_experts_per_tok=2, sliding_window=None)
+    for key in ("model_type", "architectures"):
+        del options[key]
+    torch.manual_seed(seed)
+    with torch.device(model.device):
+        mixtral = AutoModelForCausalLM.from_config(transformers.MixtralConfig(**options), dtype=model.dtype)
+    weights = model.state_dict()
+    for name, weight in mixtral.state_dict().items():
+        mlp = name.partition("mlp.")[0] + "mlp."
+        if name.endswith("gate_up_proj"):
+            weight.copy_(torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]]))
+        elif name.endswith("experts.down_proj"):
+            weight.copy_(weights[f"{mlp}down_proj.weight"])
+        elif not name.endswith("mlp.gate.weight"):
+            weight.copy_(weights[name])
+    return mixtral.eval()
 
 
 def token_ids(samples: int = SAMPLES, tokens: int = TOKENS, seed: int = 1) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models import make_model, token_ids
+from models import REAL_MODEL, REAL_TEXT, make_model, needs_real_model, token_ids
 
 from optimum_sparse import Pruner, SparsityConfig
 
@@ -28,22 +28,22 @@ def at_most(number: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("recipe", ["paper", "best"])
-def test_the_batch_halves_itself_and_the_errors_are_the_same(recipe, caplog):
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=needs_real_model)])
+def test_the_batch_halves_itself_and_the_errors_are_the_same(real, recipe, caplog):
+    tokens = REAL_TEXT if real else token_ids(SAMPLES, LENGTH)
     config = SparsityConfig.recipe(
-        recipe,
-        "2:4",
-        dataset=token_ids(SAMPLES, LENGTH),
-        num_samples=SAMPLES,
-        sequence_length=LENGTH,
-        batch_size=SAMPLES,
+        recipe, "2:4", dataset=tokens, num_samples=SAMPLES, sequence_length=LENGTH, batch_size=SAMPLES
     )
 
     def load():
-        model = make_model("llama", **SIZES).to("cuda")
+        if real:
+            pruner = Pruner.from_pretrained(REAL_MODEL, dtype=torch.float32, device_map="cuda")
+        else:
+            pruner = Pruner(make_model("llama", **SIZES).to("cuda"))
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return Pruner(model), torch.cuda.memory_allocated()
+        return pruner, torch.cuda.memory_allocated()
 
     roomy, base = load()
     roomy.prune(config)
@@ -55,10 +55,15 @@ def test_the_batch_halves_itself_and_the_errors_are_the_same(recipe, caplog):
     messages = [record.getMessage() for record in caplog.records]
     halved = [tuple(map(int, re.findall(r"\d+", message))) for message in messages]
     assert all(message.startswith("out of memory with") for message in messages), messages
-    assert halved[0] == (SAMPLES, SAMPLES // 2)
-    assert all(after == before // 2 for before, after in halved)
-    # Not the same masks: sums in another order decide near ties, and what follows makes up for what was decided.
+    assert halved[0][0] <= SAMPLES
+    assert all(after == (before + 1) // 2 for before, after in halved)
+    # Not the same masks: sums in another order decide near ties, and what follows makes up for what was decided. A real
+    # model has layers whose error a few tokens make.
+    errors: list[tuple[float, float]] = []
     for first, second in zip(roomy.report.pruned, full.report.pruned, strict=True):
         wanted, found = ([layer.error, *(layer.block_error or ())] for layer in (first, second))
-        assert found == pytest.approx(wanted, rel=0.02), first.name
         assert second.sparsity == first.sparsity
+        assert found == pytest.approx(wanted, rel=0.25 if real else 0.02), first.name
+        errors.append((wanted[0], found[0]))
+    wanted, found = torch.tensor(errors).mean(0).tolist()
+    assert found == pytest.approx(wanted, rel=0.02)

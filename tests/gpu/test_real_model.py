@@ -1,21 +1,20 @@
 """A real model on a GPU: what it computes and writes when it is compressed, and where it may lie when it is pruned.
 
-    PYTHONPATH=examples python -c "import quickstart as q; q.fetch_smollm2(q.Path('.quickstart/dense'))"
-    REAL_MODEL=.quickstart/dense REAL_TEXT=c4.txt python -m pytest tests/gpu/test_real_model.py
-
-REAL_MODEL is a folder with a dense SmolLM2-135M, REAL_TEXT a .txt, .jsonl or .parquet file of 10,000 tokens or more.
+PYTHONPATH=examples python -c "import quickstart as q; q.fetch_smollm2(q.Path('.quickstart/dense'))"
+REAL_MODEL=.quickstart/dense REAL_TEXT=c4.txt python -m pytest tests/gpu/test_real_model.py tests/gpu/test_memory.py
 """
 
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_weights, files_of, logits, sha256
+from models import REAL_MODEL as MODEL
+from models import REAL_TEXT as TEXT
+from models import assert_pattern, assert_same_weights, files_of, logits, needs_real_model, sha256, upcycled
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -24,11 +23,7 @@ from optimum_sparse.calibration import calibration_batches
 from optimum_sparse.nn import SparseLinear
 
 
-MODEL, TEXT = os.environ.get("REAL_MODEL", ""), os.environ.get("REAL_TEXT", "")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (MODEL and TEXT), reason="needs REAL_MODEL and REAL_TEXT: see its docstring"),
-]
+pytestmark = [pytest.mark.gpu, needs_real_model]
 SAMPLES, LENGTH = 16, 512
 METHODS = {"2:4": "sparsegpt", "16:32": "sparsegpt", "unstructured": "wanda"}
 WRITTEN = {torch.bfloat16: 64, torch.float16: 24, torch.float32: 24}  # tokens
@@ -93,6 +88,37 @@ def test_pruned_to_the_same_bits(pattern, way, config, pruned, tmp_path):
     way(config(pattern), tmp_path / "out")
     assert_same_weights(load(tmp_path / "out"), load(pruned(pattern)))
     assert {path: sha256(path) for path in Path(MODEL).iterdir()} == before
+
+
+def loss(model: PreTrainedModel, text: Tensor) -> float:
+    """Nats per token."""
+    return cross_entropy(logits(model, text)[0, :-1].float(), text[0, 1:]).item()
+
+
+def test_each_expert_by_its_own_tokens(config, pruned, tokens, tmp_path):
+    text = tokens[-1:].cuda()
+    dense = load(MODEL, dtype=torch.float32)
+    model = upcycled(dense)
+    assert loss(model, text) == pytest.approx(loss(dense, text), abs=1e-3)
+    pruner = Pruner(model)
+    pruner.prune(config("2:4")).save_pretrained(tmp_path)
+    routed = {layer.name: layer.routed for layer in pruner.report.pruned if layer.routed is not None}
+    for number, block in enumerate(model.model.layers):
+        experts, name = block.mlp.experts, f"model.layers.{number}.mlp.experts"
+        for kind, weight in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
+            assert_pattern(weight.flatten(0, 1), "2:4")
+            counts = [routed[f"{name}.{i}.{kind}"] for i in range(len(weight))]
+            assert sum(counts) == 2 * SAMPLES * LENGTH
+            if kind == "down_proj":
+                continue
+            # They began with the same weights, and all of them that saw fewer tokens than inputs have the layer's.
+            for i, mask in enumerate(weight[:-1] == 0):
+                enough = max(counts[i : i + 2]) >= weight.shape[2]
+                assert torch.equal(mask, weight[i + 1] == 0) != enough
+    assert loss(model, text) == pytest.approx(loss(load(pruned("2:4"), dtype=torch.float32), text), abs=0.1)
+    small, back = load(tmp_path, run_compressed=True), load(tmp_path)
+    assert_same_weights(back, model)
+    assert (logits(small, text) - logits(back, text)).norm() <= 2e-5 * logits(back, text).norm()
 
 
 # ---- what it computes and writes when it is compressed
