@@ -318,8 +318,10 @@ struct Words {
 
   // Where the overflow of a lane's row begins and ends: `ask` of that tile comes later, and must not wait for it.
   static __device__ __forceinline__ int2 seek(const Matrix& w, int group, int span, bool there) {
+    return seek(start_of(w, ROWS * group + threadIdx.x % LANES / 4, span), there);
+  }
+  static __device__ __forceinline__ int2 seek(const int* start, bool there) {
     if (!OVERFLOW || !there) return make_int2(0, 0);
-    const int* start = start_of(w, ROWS * group + threadIdx.x % LANES / 4, span);
     return make_int2(load(start), load(start + ROWS));
   }
   static __device__ __forceinline__ void prefetch_tile(const Matrix& w, int group, int span, int groups) {
@@ -859,7 +861,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   const Matrix& w = call.w;
   const int lane = threadIdx.x % LANES, warp = from_lane(threadIdx.x / LANES, 0);  // which the compiler sees is one
   const int mine = ACROSS ? warp % 4 : warp, side = ACROSS ? warp / 4 : 0;  // of the rows, of the spans
-  const int steps = (w.columns + SPAN - 1) / SPAN / SIDE, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
+  const int spans = (w.columns + SPAN - 1) / SPAN, steps = spans / SIDE, token_tiles = (call.tokens + TOKENS - 1) / TOKENS;
   const u32 xs = (address(memory) + TILE - 1) / TILE * TILE, tiles = xs + STAGES * SIDE * X + warp * 2 * TILE;
   const u32 table = xs + STAGES * SIDE * X + (PAIRS ? 0 : WARPS * 2 * TILE), first_room = table + 128;
   constexpr int ROOMS = AHEAD * 2 * Word::ROOM, SUMS = ACROSS ? 64 * TOKENS : 0;  // bytes of a warp that multiplies
@@ -869,15 +871,19 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
 
   const typename Word::Pieces pieces(w, lane);
   int span, group, more = 0;  // of what is asked for next, and how often before the tile of y ends
-  int2 starts[2];             // and where its overflow is
+  const int* start = w.starts;  // and where it says
+  int2 starts[2];               // where its overflow is
   auto room = [&](int slot, int k) { return rooms + (slot * 2 + k) * Word::ROOM; };
   auto seek = [&]() INLINE {
     if (more == 0 && later.is_left()) {
       span = later.span() * SIDE + side, group = later.tile / token_tiles * HEIGHT + 2 * mine, more = later.stop - later.at;
+      start = start_of(w, ROWS * group + lane / 4, span);
       later.leave();
     }
 #pragma unroll
-    for (int k = 0; k < 2; k++) starts[k] = Word::seek(w, group + k, span, more && ROWS * (group + k) < w.rows);
+    for (int k = 0; k < 2; k++)
+      starts[k] = Word::seek(start + k * ROWS * (spans + 1), more && ROWS * (group + k) < w.rows);
+    start += ROWS * SIDE;  // to work that out each time takes as long as to read masked what has been written
   };
   auto ask = [&](int slot) INLINE {
     if (more) {
@@ -931,6 +937,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   }
   for (int stage = 0, turn = 0, slot = 0; now.is_left(); now.leave()) {
     float sum[TOKENS / 2] = {};
+    const int here = now.tile / token_tiles * HEIGHT + 2 * mine;
     for (int left = now.stop - now.at; left; left--) {
       if (fills) fill();
       Word words[2];
@@ -940,7 +947,6 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
       __syncwarp();
       ask(slot);
       if (++slot == AHEAD) slot = 0;
-      const int here = now.tile / token_tiles * HEIGHT + 2 * mine;
       const int here_span = (now.stop - left - now.tile * steps) * SIDE + side;
       u32 a[SPAN / 16][4], counts[2][4];
       lay_out<PAIRS, 2>(counts, w, words, {here, here + 1}, here_span, {tiles, tiles + TILE});

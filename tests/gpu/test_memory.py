@@ -57,8 +57,8 @@ def test_the_batch_halves_itself_and_the_errors_are_the_same(real, recipe, caplo
     assert all(message.startswith("out of memory with") for message in messages), messages
     assert halved[0][0] <= SAMPLES
     assert all(after == (before + 1) // 2 for before, after in halved)
-    # Not the same masks: sums in another order decide near ties, and what follows makes up for what was decided. A real
-    # model has layers whose error a few tokens make.
+    # Not the same masks: sums in another order decide near ties, and what follows makes up for what was decided. In a
+    # real model there are layers whose error a few tokens make.
     errors: list[tuple[float, float]] = []
     for first, second in zip(roomy.report.pruned, full.report.pruned, strict=True):
         wanted, found = ([layer.error, *(layer.block_error or ())] for layer in (first, second))
