@@ -115,6 +115,8 @@ def test_each_expert_by_its_own_tokens(config, pruned, tokens, tmp_path):
             for i, mask in enumerate(weight[:-1] == 0):
                 enough = max(counts[i : i + 2]) >= weight.shape[2]
                 assert torch.equal(mask, weight[i + 1] == 0) != enough
+    assert any(layer.too_few_routed for layer in pruner.report.pruned)
+    assert "fewer routed tokens than inputs, so all tokens of the layer were used: model.layers." in str(pruner.report)
     assert loss(model, text) == pytest.approx(loss(load(pruned("2:4"), dtype=torch.float32), text), abs=0.1)
     small, back = load(tmp_path, run_compressed=True), load(tmp_path)
     assert_same_weights(back, model)
