@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections import Counter
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel
 
+from . import ranks
 from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
 from .core import NM, parse_pattern
 from .evaluation import (
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # as shells have it
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError, ranks.OtherProcessFailed) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     finally:
@@ -232,8 +235,12 @@ def _prune(args: argparse.Namespace) -> None:
     config = SparsityConfig.recipe(args.recipe, **options) if args.recipe else SparsityConfig.from_dict(options)
     if args.push_to_hub:
         check_access(args.push_to_hub)  # before all the work
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of accelerate launch, or torchrun
+        PartialState(cpu=args.device_map == "cpu")
     pruner = Pruner.from_pretrained(args.model, **_loading(args))
     pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
+    if ranks.rank():
+        return
     print(pruner.report)
     print(inspect(args.output, trust_remote_code=args.trust_remote_code))
     if args.push_to_hub:

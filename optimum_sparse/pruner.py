@@ -103,25 +103,27 @@ class Pruner:
         loaded as a whole for dataset="self", which runs all of it for every token, and for a `device_map` other than
         "auto" and single devices. The weights are the same, to the bit.
 
+        Several processes of torch.distributed that all call this share the work; the first one writes.
+
         Raises:
-            ValueError: among others: torch.distributed with several processes; no such size.
+            ValueError: among others: several processes and a model that is loaded as a whole; no such size.
         """
         _check(config)
         check_size(max_shard_size)
-        if ranks.world() > 1:
-            raise ValueError(
-                f"prune_to_disk runs in one process, and there are {ranks.world()}: call prune(config), then "
-                "save_pretrained, in all of them; or start one process."
-            )
         device_map = self._loading.get("device_map")
         one_device = device_map is None or (isinstance(device_map, str) and device_map not in SPREAD)
         if self._model is None and self._source is not None and one_device and config.dataset != "self":
             kwargs = self._loading | {"tokenizer": self.tokenizer, "max_shard_size": max_shard_size}
             stream(self._source, config, output, **kwargs)
-            self.report = read_report(Path(output))
+            self.report = ranks.gathered(None if ranks.rank() else read_report(Path(output)))[0]
             self._source = output
             self._loading = {name: self._loading[name] for name in KEPT if name in self._loading}
             return Path(output)
+        if ranks.world() > 1:
+            raise ValueError(
+                f"this model is loaded as a whole, and there are {ranks.world()} processes: call prune(config), then "
+                "save_pretrained, in all of them; or start one process."
+            )
         with new_directory(output) as directory:
             self.prune(config)
             with writing(directory):

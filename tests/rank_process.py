@@ -6,6 +6,9 @@ For tests/test_ranks.py, on CPUs, and tests/gpu/test_ranks.py.
 import contextlib
 import datetime
 import functools
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import SAMPLES, make_config, make_model, token_ids, weights_of
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from optimum_sparse import Pruner, SparseModelForCausalLM
 from optimum_sparse.core import Needs, Solved, keep_mask
+from optimum_sparse.hf import journal
 from optimum_sparse.kernels import precision
 
 
@@ -98,12 +103,30 @@ def failures(rank: int, folder: Path, device: str) -> dict[str, Any]:
         "model": lambda: prune(seed=rank),
         "data": lambda: prune(dataset=token_ids(seed=1 + rank)),
         "few": lambda: prune(num_samples=1),
-        "disk": lambda: Pruner.from_pretrained(make_model("llama")).prune_to_disk(make_config(), folder / "refused"),
+        "whole": lambda: Pruner.from_pretrained(make_model("llama")).prune_to_disk(make_config(), folder / "refused"),
+        "output": lambda: to_disk(folder / "dense", folder / "dense", device),
+        "other recipe": lambda: to_disk(folder / "dense", folder / "refused", device, damping=0.01 * (1 + rank)),
     }
+
+
+def to_disk(model: Path, output: Path, device: str, **changes: Any) -> dict[str, Any]:
+    """The checkpoint that all processes make together."""
+    pruner = Pruner.from_pretrained(model, device_map=device)
+    pruner.prune_to_disk(make_config(batch_size=2, **changes), output)
+    layers = {layer.name: (layer.error, layer.routed, layer.block_error) for layer in pruner.report.layers}
+    return {"weights": weights_of(AutoModelForCausalLM.from_pretrained(output)), "layers": layers}
 
 
 def main(rank: int, folder: Path, backend: str) -> None:
     """One of the processes. What came out of it is written to the folder, and what would be printed as well."""
+    device = join(rank, folder, backend)
+    with open(folder / f"{rank}.log", "w") as log, contextlib.redirect_stderr(log):
+        torch.save(_results(rank, folder, device), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def join(rank: int, folder: Path, backend: str) -> str:
+    """The process group. Returns this process's device."""
     torch.set_num_threads(1)
     precision._multiplies_bf16 = lambda device: False
     device = "cpu"
@@ -112,9 +135,7 @@ def main(rank: int, folder: Path, backend: str) -> None:
         torch.cuda.set_device(device)
     group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT), **group)
-    with open(folder / f"{rank}.log", "w") as log, contextlib.redirect_stderr(log):
-        torch.save(_results(rank, folder, device), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return device
 
 
 def _results(rank: int, folder: Path, device: str) -> dict[str, Any]:
@@ -130,6 +151,9 @@ def _results(rank: int, folder: Path, device: str) -> dict[str, Any]:
     )
     model.save_pretrained(folder / f"saved-{rank}")
     found["on load"] = {"weights": weights_of(model.cpu())}
+    found["to disk"] = to_disk(folder / "dense", folder / "streamed", device)
+    pruner = Pruner.from_pretrained(folder / "dense", device_map=device)
+    found["in memory"] = {"weights": weights_of(pruner.prune(make_config(batch_size=2)).cpu())}
     return found
 
 
@@ -142,6 +166,39 @@ def start(folder: Path, backend: str) -> list[dict[str, Any]]:
         for process in processes.processes:
             process.kill()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def killed(rank: int, folder: Path, dies: int | None, when: str) -> None:
+    """One of the processes that make "out" of "dense" together; the one that `dies` does so in its second block."""
+    join(rank, folder, "gloo")
+    noting, noted = journal.atomically, []
+
+    @contextlib.contextmanager
+    def atomically(path: Path) -> Iterator[Path]:
+        last = rank == dies and path.name == "block-00001.json"
+        noted.append(path.name)
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        with noting(path) as temporary:
+            yield temporary
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.atomically = atomically
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        to_disk(folder / "dense", folder / "out", "cpu")
+    (folder / f"{rank}.blocks").write_text("\n".join(name for name in noted if name.startswith("block")))
+    dist.destroy_process_group()
+
+
+def start_killed(folder: Path, dies: int | None = None, when: str = "") -> list[int]:
+    """Returns how each ended. What they did is in "0.blocks" and "1.blocks"."""
+    (folder / "meeting").unlink(missing_ok=True)
+    started = mp.start_processes(killed, (folder, dies, when), WORLD, join=False, start_method="fork")
+    for process in started.processes:
+        process.join(TIMEOUT)
+        process.kill()
+    return [process.exitcode for process in started.processes]
 
 
 def assert_same(results: list[dict[str, Any]]) -> None:

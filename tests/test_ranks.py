@@ -1,11 +1,12 @@
 """Real processes (gloo) that prune one model together, beside one process that does it alone."""
 
 import shutil
+import signal
 
 import pytest
 import torch
-from models import make_config, make_model
-from rank_process import CASES, WORLD, alone, assert_close, assert_same, start
+from models import make_config, make_model, stored_tensors
+from rank_process import CASES, WORLD, alone, assert_close, assert_same, start, start_killed
 
 from optimum_sparse import Pruner, ranks
 
@@ -18,7 +19,7 @@ def together(tmp_path_factory, tiny_llama):
     return folder, start(folder, "gloo")
 
 
-@pytest.mark.parametrize("case", [*CASES, "on load"])
+@pytest.mark.parametrize("case", [*CASES, "on load", "to disk"])
 def test_all_processes_end_with_the_same_model(case, together):
     assert_same([found[case] for found in together[1]])
 
@@ -26,6 +27,37 @@ def test_all_processes_end_with_the_same_model(case, together):
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_model_of_one_process_up_to_summation_order(case, together):
     assert_close(together[1][0][case], alone(case))
+
+
+def test_from_disk_to_disk_it_is_the_model_in_memory_to_the_bit(together):
+    folder, (found, _) = together
+    assert found["to disk"]["weights"].keys() == found["in memory"]["weights"].keys()
+    assert all(torch.equal(found["to disk"]["weights"][name], x) for name, x in found["in memory"]["weights"].items())
+    assert not list(folder.glob(".*.unfinished"))
+
+
+@pytest.mark.parametrize(("dies", "when"), [(0, "after"), (1, "before"), (1, "after")])
+def test_a_killed_process_ends_all_and_the_same_run_goes_on(dies, when, tmp_path):
+    """Killed before or after it has noted its second block, of which the others may have noted it, too, or not."""
+    make_model("llama", num_hidden_layers=3).save_pretrained(tmp_path / "dense")
+    ended = start_killed(tmp_path, dies, when)
+    assert ended[dies] == -signal.SIGKILL
+    assert ended[1 - dies] == 1
+    assert not (tmp_path / "out").exists()
+
+    def blocks() -> list[int]:
+        return [len((tmp_path / f"{rank}.blocks").read_text().split()) for rank in range(WORLD)]
+
+    assert start_killed(tmp_path) == [0, 0]
+    assert blocks() in ([[2, 2]] if when == "before" else [[2, 2], [1, 1]])
+    weights = stored_tensors(tmp_path / "out")
+    assert not list(tmp_path.glob(".*.unfinished"))
+    shutil.rmtree(tmp_path / "out")
+    assert start_killed(tmp_path) == [0, 0]
+    assert blocks() == [3, 3]
+    wanted = stored_tensors(tmp_path / "out")
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items())
 
 
 def test_without_sums_it_is_that_model_to_the_bit(together):
@@ -42,14 +74,16 @@ def test_without_sums_it_is_that_model_to_the_bit(together):
         ("model", "have different model: give", ""),
         ("data", "have different data: give", ""),
         ("few", "ValueError: 1 calibration sequences for ", ""),
-        ("disk", "ValueError: prune_to_disk runs in one process, and there are ", ""),
+        ("whole", "ValueError: this model is loaded as a whole, and there are ", ""),
+        ("output", "dense' exists and is not an empty folder", "OtherProcessFailed: process 0 of 2 failed"),
+        ("other recipe", "have different recipe: give all of them the same", ""),
     ],
 )
 def test_a_failure_ends_all_processes_and_is_named(failure, own, others, together):
     """Each of these is followed by further work of the same processes, which so are still in step."""
     messages = [found[failure] for found in together[1]]
     assert all(own in message for message in messages)
-    assert [message.startswith(others or "Other") for message in messages] == [bool(others), False]
+    assert [message.startswith(others or "Other") for message in messages].count(True) == bool(others)
 
 
 def test_only_the_first_process_writes_and_shows_progress(together):

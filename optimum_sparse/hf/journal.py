@@ -8,10 +8,13 @@
         hidden/                  inputs of the next block, batch by batch
         scratch/                 emptied by the next run
         lock                     held by the process that is at it
+        process-1/               state, hidden and scratch of the second of several processes; the first has the rest
 
 Every file appears by a rename, after its content and before whatever counts on it.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import ranks
 from ..pipeline import Calls
 from ..report import LayerReport
 from .checkpoint import atomically, check_new, read_json, sync, writing
@@ -39,10 +43,11 @@ LOCK = "lock"
 
 
 class Journal:
-    """One unfinished run.
+    """One unfinished run. All of several processes have one, and make and use them together.
 
     Attributes:
         folder: where everything is until the run is complete.
+        complete: whether `checkpoint` is, and has only to become the output.
         checkpoint: the folder to fill with what becomes the output.
         scratch: for what need not outlive this process.
         layers: reports of the finished blocks, in order.
@@ -55,7 +60,7 @@ class Journal:
         """Begin, or go on.
 
         Args:
-            manifest: JSON-serializable; all that the result depends on.
+            manifest: as JSON gives it back; all that the result depends on.
 
         Raises:
             FileExistsError: `output` exists and is not an empty folder.
@@ -65,25 +70,25 @@ class Journal:
         self.output = Path(os.path.abspath(output))  # "." has a name as well
         beside, inside = self.output.with_name(f".{self.output.name}.unfinished"), self.output / ".unfinished"
         self.folder = inside if self.output.is_dir() and not beside.exists() else beside
-        self.checkpoint, self.scratch = self.folder / "checkpoint", self.folder / "scratch"
-        self._state, self._hidden = self.folder / "state", self.folder / "hidden"
+        self._own = self.folder / f"process-{ranks.rank()}" if ranks.rank() else self.folder
+        self.checkpoint, self.scratch = self.folder / "checkpoint", self._own / "scratch"
+        self._state, self._hidden = self._own / "state", self._own / "hidden"
         self.layers: list[LayerReport] = []
         self.shards: list[str] = []
         self.start = 0
         self.seconds: dict[str, float] = {}
         self._inputs: dict[str, list[str]] = {}  # of block `start`: files by path, "hidden" and "dense_hidden"
-        self._check(json.loads(json.dumps(manifest, default=str)))
-        if not self.complete:
-            check_new(self.output, besides=inside.name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.folder / LOCK)
+        self._lock: IO | None = None
+        self.complete = (self.folder / COMPLETE).exists()
+        if ranks.rank() == 0:
+            self._check(manifest)
+            if not self.complete:
+                check_new(self.output, besides=inside.name)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.folder / LOCK)
+        self.complete = ranks.gathered(self.complete)[0]
         if not self.complete:
             self._open(manifest)
-
-    @property
-    def complete(self) -> bool:
-        """Whether `checkpoint` is, and has only to become the output."""
-        return (self.folder / COMPLETE).exists()
 
     def _check(self, manifest: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
@@ -95,15 +100,21 @@ class Journal:
             )
 
     def _open(self, manifest: dict[str, Any]) -> None:
-        for folder in (self.checkpoint, self._state, self._hidden):
+        for folder in (self._state, self._hidden):
             folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
-        if not (self.folder / MANIFEST).exists():
-            with atomically(self.folder / MANIFEST) as temporary:
-                temporary.write_text(json.dumps(manifest, indent=1, default=str), encoding="utf-8")
-        while (record := self._record(self.start)).exists():
-            content = json.loads(record.read_text(encoding="utf-8"))
+        if ranks.rank() == 0:
+            self.checkpoint.mkdir(exist_ok=True)
+            if not (self.folder / MANIFEST).exists():
+                with atomically(self.folder / MANIFEST) as temporary:
+                    temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        done = next(block for block in itertools.count() if not self._record(block).exists())
+        finished = min(ranks.gathered(done))  # by all processes: some may have noted one more
+        for block in range(finished, done):
+            self._record(block).unlink()
+        while self.start < finished:
+            content = json.loads(self._record(self.start).read_text(encoding="utf-8"))
             self.layers += [LayerReport(**layer) for layer in content["layers"]]
             self.shards += content["shards"]
             self.seconds, self._inputs = content["seconds"], content["inputs"]
@@ -119,7 +130,7 @@ class Journal:
     def kept(self, name: str, compute: Callable[[], Any]) -> Any:
         """`compute()`, made of tensors, numbers, strings, lists and dicts; from its file if a run had it before."""
         path = self._state / f"{name}.pt"
-        if not path.exists():
+        if not all(ranks.gathered(path.exists())):
             value = compute()
             with atomically(path) as temporary:
                 torch.save(value, temporary)
@@ -167,6 +178,7 @@ class Journal:
         }
         with atomically(self._record(self.start)) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+        ranks.gathered(None)  # before all have noted it, the last inputs may be needed again
         used = {name for names in inputs.values() for name in names}
         for name in {name for names in self._inputs.values() for name in names} - used:
             (self._hidden / name).unlink()
@@ -180,15 +192,18 @@ class Journal:
         return torch.autograd.graph.saved_tensors_hooks(lambda x: Stored.write(x, self.scratch), Stored.read)
 
     def close(self) -> None:
-        """Let another process, or another call, go on with what is there."""
-        self._lock.close()
+        """Let another run go on with what is there."""
+        if self._lock is not None:
+            self._lock.close()
 
     def fail(self) -> str | None:
         """After an error: how to go on; None, and no trace is left, if there is nothing worth it."""
         if self.start == 0 and not {path.stem for path in self._state.glob("*.pt")} - {"tokens"}:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self._own, ignore_errors=True)
             return None
         shutil.rmtree(self.scratch, ignore_errors=True)
+        if ranks.rank():
+            return None
         return (
             f"{self.start} blocks are done: run the same again to go on; to run it with any change, first remove "
             f"{self.folder}."
@@ -196,10 +211,21 @@ class Journal:
 
     def publish(self) -> None:
         """Make the output of `checkpoint`. Can be called again after a crash."""
-        if not self.complete:
-            sync(self.checkpoint)
-            with atomically(self.folder / COMPLETE) as temporary:
-                temporary.touch()
+        with ranks.together():
+            if not self.complete and not ranks.rank():
+                sync(self.checkpoint)
+                with atomically(self.folder / COMPLETE) as temporary:
+                    temporary.touch()
+        with ranks.together():
+            if ranks.rank():
+                shutil.rmtree(self._own, ignore_errors=True)
+                with contextlib.suppress(OSError):  # nothing else is in it on another machine
+                    self.folder.rmdir()
+        with ranks.together():
+            if not ranks.rank():
+                self._move()
+
+    def _move(self) -> None:
         if self.folder.parent == self.output:  # it existed before: it may be a mount or a link, and stays
             for path in sorted(self.checkpoint.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, self.output / path.name)

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .. import ranks
 from ..config import SparsityConfig
 from ..pipeline import Block
 from ..version import __version__
@@ -53,7 +54,8 @@ def stream(
     """Prune the model at `source`, an id or a path, to the new folder `output`; or go on where such a run has ended.
 
     The tensors are those that `prune_model` and `save_pretrained` give, to the bit, in one shard (or more) per block.
-    In memory are embeddings, norms and head, one block, and hidden states up to a limit.
+    In memory are embeddings, norms and head, one block, and hidden states up to a limit. Several processes (`ranks`)
+    share the work as in `prune_model`: each has these, and the first one writes.
 
     Args:
         device_map: the device that computes; "auto": the GPU if there is one; None: the CPU.
@@ -65,12 +67,45 @@ def stream(
         OSError: a file that cannot be read or written; finished blocks are kept, for the next run. Or another process
             is writing there.
     """
+    with ranks.together():
+        device, model_config, journal = _begin(source, config, output, tokenizer, max_shard_size, device_map, loading)
+    with contextlib.closing(journal):
+        if not journal.complete:
+            try:
+                if journal.start and not ranks.rank():
+                    logger.warning(
+                        "%s holds an unfinished run: going on from block %d.", journal.folder, journal.start
+                    )
+                with ranks.together():
+                    model = _load(
+                        source, model_config, config.block_name, device, journal.scratch / "offload", loading
+                    )
+                _prune(model, config, tokenizer, journal, max_shard_size)
+            except BaseException:
+                remains = journal.fail()
+                if remains is not None:
+                    logger.warning(remains)
+                raise
+        journal.publish()
+
+
+def _begin(
+    source: str | os.PathLike,
+    config: SparsityConfig,
+    output: str | os.PathLike,
+    tokenizer: Any,
+    max_shard_size: int | str,
+    device_map: str | None,
+    loading: dict[str, Any],
+) -> tuple[str, PreTrainedConfig, Journal]:
+    """The device, the model's config, and what an earlier run has done."""
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    device = str(usable_device(device_map or "cpu"))
+    device = usable_device(device_map or "cpu")
     hub = {name: loading[name] for name in HUB_ARGUMENTS if name in loading}
     model_config = loading.get("config") or load_config(source, **hub)
     settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
+    which = str(device) if ranks.world() == 1 else device.type  # each process has a GPU of its own
     manifest = {
         "recipe": config.to_dict(),
         "model": {
@@ -80,28 +115,16 @@ def stream(
         },
         "tokenizer": _digest_of_tokenizer(tokenizer),
         "data": _data_file(config.dataset),
-        "settings": settings | {"device": device, "max_shard_size": max_shard_size},
+        "settings": settings | {"device": which, "max_shard_size": max_shard_size, "processes": ranks.world()},
         "versions": {
             "optimum_sparse": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    with contextlib.closing(Journal(output, manifest)) as journal:
-        if not journal.complete:
-            try:
-                if journal.start:
-                    logger.warning(
-                        "%s holds an unfinished run: going on from block %d.", journal.folder, journal.start
-                    )
-                model = _load(source, model_config, config.block_name, device, journal.scratch / "offload", loading)
-                _prune(model, config, tokenizer, journal, max_shard_size)
-            except BaseException:
-                remains = journal.fail()
-                if remains is not None:
-                    logger.warning(remains)
-                raise
-        journal.publish()
+    manifest = json.loads(json.dumps(manifest, default=str))
+    ranks.check_same(**manifest)
+    return str(device), model_config, Journal(output, manifest)
 
 
 def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | None:
@@ -183,19 +206,24 @@ def _prune(
     inside = tuple(f"{prefix}.{number}." for number in range(len(blocks)))
 
     def save_block(block: Block, stored: SparsityConfig) -> list[str]:
-        SparsityQuantizer.attach(model, stored, None, lambda name: name.startswith(f"{block.name}."))
-        shards = _save_part(model, journal, block.name, max_shard_size)
+        shards: list[str] = []
+        if not ranks.rank():
+            SparsityQuantizer.attach(model, stored, None, lambda name: name.startswith(f"{block.name}."))
+            shards = _save_part(model, journal, block.name, max_shard_size)
         _trim()
         return shards
 
     stored, report = prune_model(model, config, tokenizer=tokenizer, journal=journal, save_block=save_block)
-    SparsityQuantizer.attach(model, stored, report, lambda name: not name.startswith(inside))
-    shards = [*journal.shards, *_save_part(model, journal, "rest", max_shard_size)]
-    if tokenizer is not None:
-        tokenizer.save_pretrained(journal.checkpoint)
-    name_shards(journal.checkpoint, shards, model)
-    write_report(journal.checkpoint, report)
-    write_card(journal.checkpoint, model, report)
+    with ranks.together():
+        if ranks.rank():
+            return
+        SparsityQuantizer.attach(model, stored, report, lambda name: not name.startswith(inside))
+        shards = [*journal.shards, *_save_part(model, journal, "rest", max_shard_size)]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(journal.checkpoint)
+        name_shards(journal.checkpoint, shards, model)
+        write_report(journal.checkpoint, report)
+        write_card(journal.checkpoint, model, report)
 
 
 def _save_part(model: PreTrainedModel, journal: Journal, name: str, max_shard_size: int | str) -> list[str]:

@@ -870,7 +870,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
   Part now(call, steps, blockIdx.x), later = now, next = now;  // what is multiplied; asked for of W; of x
 
   const typename Word::Pieces pieces(w, lane);
-  int span, group, more = 0;  // of what is asked for next, and how often before the tile of y ends
+  int span, group, more = 0;    // of what is asked for next, and how often before the tile of y ends
   const int* start = w.starts;  // and where it says
   int2 starts[2];               // where its overflow is
   auto room = [&](int slot, int k) { return rooms + (slot * 2 + k) * Word::ROOM; };

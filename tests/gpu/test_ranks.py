@@ -27,8 +27,9 @@ def test_both_end_with_the_model_of_one(case, together):
     assert_close(together[0][case], alone(case, "cuda"))
 
 
-def test_on_load(together):
-    assert_same([found["on load"] for found in together])
+@pytest.mark.parametrize("case", ["on load", "to disk"])
+def test_both_have_one_checkpoint(case, together):
+    assert_same([found[case] for found in together])
 
 
 @pytest.mark.parametrize(
