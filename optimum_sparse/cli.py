@@ -1,13 +1,14 @@
 """`optimum-cli sparse ...`, also `python -m optimum_sparse ...`: the subcommands are in `add_commands`."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -235,11 +236,11 @@ def _prune(args: argparse.Namespace) -> None:
     config = SparsityConfig.recipe(args.recipe, **options) if args.recipe else SparsityConfig.from_dict(options)
     if args.push_to_hub:
         check_access(args.push_to_hub)  # before all the work
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # of accelerate launch, or torchrun
-        PartialState(cpu=args.device_map == "cpu")
-    pruner = Pruner.from_pretrained(args.model, **_loading(args))
-    pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
-    if ranks.rank():
+    with _process_group(cpu=args.device_map == "cpu"):
+        pruner = Pruner.from_pretrained(args.model, **_loading(args))
+        pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
+        first = ranks.rank() == 0
+    if not first:
         return
     print(pruner.report)
     print(inspect(args.output, trust_remote_code=args.trust_remote_code))
@@ -249,6 +250,19 @@ def _prune(args: argparse.Namespace) -> None:
         except OSError as error:
             again = f"hf upload {args.push_to_hub} {args.output}"
             raise OSError(f"{error} The checkpoint is complete: `{again}` uploads it.") from error
+
+
+@contextlib.contextmanager
+def _process_group(cpu: bool) -> Iterator[None]:
+    """Of the processes that `accelerate launch` or `torchrun` has started, if there are several."""
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    state = PartialState(cpu=cpu)
+    try:
+        yield
+    finally:
+        state.destroy_process_group()
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -1,11 +1,12 @@
-"""Several processes prune one model: each has all of it, a share of the calibration data, and solves some layers.
+"""Several processes prune one model: each has it, a share of the calibration data, and solves some layers.
 
 The process group is the caller's, as `accelerate.PartialState()` sets it up. Statistics are sums over tokens, and so
 are added up; a solved matrix is sent to the others, so that all end with the same model, to the bit. Without a process
 group, or with one process in it, every function here gives back what it was given.
 
 Processes meet in `gathered`, which `total` and `sent` begin with, and nowhere else: one that fails (`together`) says
-so there, and the others fail as well instead of waiting. Objects go over the current CUDA device where NCCL is the
+so there, and the others fail as well instead of waiting. It cannot be nested: two answers would be one too many.
+Objects go over the current CUDA device where NCCL is the
 backend, tensors over the device on which they are.
 """
 

@@ -106,6 +106,22 @@ def test_options_are_checked_together_with_the_recipe(tiny_llama, text, tmp_path
     assert main(prune_arguments(tiny_llama, text, tmp_path / "out", *more)) == 0
 
 
+def test_processes_of_torchrun_prune_together(tiny_llama, text, tmp_path):
+    def run(samples: int) -> subprocess.CompletedProcess:
+        options = ["--device-map", "cpu", "--num-samples", str(samples)]
+        arguments = prune_arguments(tiny_llama, text, tmp_path / "out", *options)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launch, "-m", "optimum_sparse", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert "error: 1 calibration sequences for 2 processes" in run(1).stderr
+    assert [path.name for path in tmp_path.iterdir()] == []
+    done = run(2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("MB on disk") == 1  # the first process prints, and the other does not
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_eval_of_dense_and_compressed_agree(pruned, text, capsys):
     values = []
     for more in ([], ["--run-compressed"]):
