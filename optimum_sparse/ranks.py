@@ -6,8 +6,7 @@ group, or with one process in it, every function here gives back what it was giv
 
 Processes meet in `gathered`, which `total` and `sent` begin with, and nowhere else: one that fails (`together`) says
 so there, and the others fail as well instead of waiting. It cannot be nested: two answers would be one too many.
-Objects go over the current CUDA device where NCCL is the
-backend, tensors over the device on which they are.
+Objects go over the current CUDA device where NCCL is the backend, tensors over the device on which they are.
 """
 
 import contextlib
