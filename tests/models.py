@@ -73,6 +73,22 @@ ARCHITECTURES = {
     "olmo2": ("Olmo2Config", dict(num_key_value_heads=2)),
     "gptj": ("GPTJConfig", dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=64, rotary_dim=4)),
 }
+# Blocks of two kinds; those with attention share its weights.
+SHARED = {
+    "zamba2": (
+        "Zamba2Config",
+        dict(
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            hybrid_layer_ids=[1, 3],
+            num_mem_blocks=1,
+            mamba_d_state=8,
+            n_mamba_heads=4,
+            mamba_headdim=16,
+            use_mem_rope=False,
+        ),
+    )
+}
 EXPERTS = {
     "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": (
@@ -89,7 +105,7 @@ EXPERTS = {
 
 def make_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A random model in eval mode. Biases and norms are random too: zeros and ones would hide mistakes."""
-    kind, arguments = (ARCHITECTURES | EXPERTS)[architecture]
+    kind, arguments = (ARCHITECTURES | EXPERTS | SHARED)[architecture]
     config = getattr(transformers, kind)(**{**_COMMON, **arguments, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

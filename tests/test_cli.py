@@ -1,5 +1,6 @@
 """The command line as a user runs it, on a tiny model."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -7,11 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from models import files_of, run_python
 from transformers import AutoModelForCausalLM
+from transformers.integrations import accelerate as placing
 
 from optimum_sparse.cli import main
 from optimum_sparse.core import NM
@@ -128,6 +131,19 @@ def test_eval_of_dense_and_compressed_agree(pruned, text, capsys):
         assert main(["eval", str(pruned), "--dataset", str(text), "--window", "64", "--json", *more]) == 0
         values.append(json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_eval_of_what_does_not_fit_into_memory(pruned, text, tmp_path, monkeypatch, capsys):
+    """Auto puts it on disk, where decoded weights have to be written first; they are gone with the model."""
+    asked = ["eval", str(pruned), "--dataset", str(text), "--window", "32", "--max-windows", "2"]
+    assert main(asked) == 0
+    wanted = capsys.readouterr().out
+    monkeypatch.setattr(placing, "get_max_memory", lambda *given: {"cpu": 30_000})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(asked) == 0
+    assert capsys.readouterr().out == wanted
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_eval_puts_its_result_into_report_and_card(tiny_llama, pruned, text, tmp_path, capsys):

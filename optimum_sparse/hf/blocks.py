@@ -32,11 +32,13 @@ class Plan:
     Attributes:
         experts: by its name in the model, what stands for a fused module in which something is to be pruned. Linears
             of theirs have no data but where they are taken apart.
+        shared: names of linears whose weight is that of another, too.
     """
 
     blocks: list[Block]
     skipped: list[LayerReport]
     experts: dict[str, Experts] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -121,7 +123,11 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
 
 
 def make_plan(
-    model: PreTrainedModel, config: SparsityConfig, strict: bool = True, part: Callable[[str], bool] | None = None
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    strict: bool = True,
+    part: Callable[[str], bool] | None = None,
+    shared: frozenset[str] | None = None,
 ) -> Plan:
     """Decide for every matrix in the decoder blocks, before any work is done. Weights are not read (meta is fine).
 
@@ -129,6 +135,8 @@ def make_plan(
         strict: also refuse names in the config that match nothing, and matrices that cannot be pruned yet. Off when
             an existing checkpoint is loaded.
         part: of names in the model, those that matter: blocks with others are left out.
+        shared: of a plan from before: once an offloaded block was brought in, its weights are no others' any more.
+            None: it is looked up.
 
     Raises:
         ValueError: naming the modules, and the option that leaves them dense.
@@ -137,7 +145,13 @@ def make_plan(
     full = full_name(model)
     if strict:
         _check_rules(model, config, full(prefix))
-    owners = Counter(id(child.weight) for module in modules for child in module.modules() if is_linear(child))
+    if shared is None:
+        owners: dict[int, list[str]] = {}
+        for number, module in enumerate(modules):
+            for local, child in module.named_modules():
+                if is_linear(child):
+                    owners.setdefault(id(child.weight), []).append(f"{prefix}.{number}.{local}")
+        shared = frozenset(name for names in owners.values() if len(names) > 1 for name in names)
     blocks: list[Block] = []
     skipped: list[LayerReport] = []
     apart: dict[str, Experts] = {}
@@ -149,7 +163,7 @@ def make_plan(
         pattern = config.pattern_for(full(name))
         if isinstance(pattern, str):
             return pattern
-        if owners[id(child.weight)] > 1:
+        if name in shared:
             return "its weight is shared with another layer"
         linear = Linear(name, child, pattern, isinstance(child, Conv1D), expert)
         if isinstance(pattern, NM) and linear.shape[1] % pattern.group:
@@ -207,7 +221,7 @@ def make_plan(
         )
     if strict and not any(block.linears for block in blocks):
         raise ValueError("nothing to prune: targets, ignore and layers leave every linear of every block dense.")
-    return Plan(blocks, skipped, apart)
+    return Plan(blocks, skipped, apart, shared)
 
 
 def full_name(model: PreTrainedModel) -> Callable[[str], str]:

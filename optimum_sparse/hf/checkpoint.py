@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +213,17 @@ def load_config(source: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
 def load_model(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
     """A causal language model, by AutoModelForCausalLM with these arguments, all of it from the checkpoint.
 
+    What accelerate leaves on disk, and transformers computes with in another form than it stores, is in a temporary
+    folder for as long as the model is there.
+
     Raises:
         OSError: no model there, or one that lacks weights (which transformers would fill with random numbers).
         ValueError: weights of other shapes than the config says.
     """
+    folder = None
+    if isinstance(loading.get("device_map"), str) and "offload_folder" not in loading:
+        folder = tempfile.TemporaryDirectory(prefix="offloaded-")
+        loading["offload_folder"] = folder.name
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **loading)
     except RuntimeError as error:
@@ -224,6 +232,8 @@ def load_model(source: str | os.PathLike, **loading: Any) -> PreTrainedModel:
         # transformers has logged which
         raise ValueError(f"the weights of {str(source)!r} do not fit its config.json: {error}") from error
     model, found = loaded
+    if folder is not None:
+        weakref.finalize(model, folder.cleanup)
     missing = sorted(found["missing_keys"])
     if missing:
         raise OSError(

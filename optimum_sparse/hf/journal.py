@@ -78,6 +78,7 @@ class Journal:
         self.start = 0
         self.seconds: dict[str, float] = {}
         self._inputs: dict[str, list[str]] = {}  # of block `start`: files by path, "hidden" and "dense_hidden"
+        self._divided: int | None = None  # `Calls.divided`
         self._lock: IO | None = None
         self.complete = (self.folder / COMPLETE).exists()
         if ranks.rank() == 0:
@@ -86,6 +87,12 @@ class Journal:
                 check_new(self.output, besides=inside.name)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.folder / LOCK)
+            if self.complete and not self.checkpoint.exists() and not self.output.exists():
+                # The last run was killed when it tidied up, and its output was taken away since.
+                for folder in (self._state, self._hidden):
+                    shutil.rmtree(folder, ignore_errors=True)
+                (self.folder / COMPLETE).unlink()
+                self.complete = False
         self.complete = ranks.gathered(self.complete)[0]
         if not self.complete:
             self._open(manifest)
@@ -117,7 +124,7 @@ class Journal:
             content = json.loads(self._record(self.start).read_text(encoding="utf-8"))
             self.layers += [LayerReport(**layer) for layer in content["layers"]]
             self.shards += content["shards"]
-            self.seconds, self._inputs = content["seconds"], content["inputs"]
+            self.seconds, self._inputs, self._divided = content["seconds"], content["inputs"], content["divided"]
             self.start += 1
         used = {name for names in self._inputs.values() for name in names}
         for file in self._hidden.iterdir():  # of the block in which the last run ended
@@ -157,6 +164,8 @@ class Journal:
             for path in paths.values():
                 path.keep()
             calls.hidden, calls.dense_hidden = paths["hidden"], paths.get("dense_hidden")
+            if self._divided is not None:  # a part's sums are in an order of their own
+                calls.divide(self._divided)
 
     def end_block(
         self, layers: list[LayerReport], shards: list[str], calls: Calls | None, seconds: dict[str, float]
@@ -174,6 +183,7 @@ class Journal:
             "layers": [asdict(layer) for layer in layers],
             "shards": shards,
             "inputs": inputs,
+            "divided": None if calls is None else calls.divided,
             "seconds": seconds,
         }
         with atomically(self._record(self.start)) as temporary:

@@ -134,7 +134,7 @@ def prune_model(
                     "allocation",
                     lambda: allocate(config, plan.blocks, calls, sensitivity, measuring, full_name(model)),
                 )
-            plan = make_plan(model, config)
+            plan = make_plan(model, config, shared=plan.shared)
         with phase("pruning"):
             started = time.perf_counter()
 

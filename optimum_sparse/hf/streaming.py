@@ -135,7 +135,10 @@ def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | N
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     read_headers(path for path in found if path.suffix == ".safetensors")  # damaged ones show before any work
     for index in folder.glob("*.index.json"):
-        read_json(index)
+        content = read_json(index)
+        files = content.get("weight_map") if isinstance(content.get("metadata"), dict) else None
+        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+            raise OSError(f"{index} is damaged: must hold metadata, and in weight_map the file of each weight.")
     return {path.name: _described(path) for path in found}
 
 

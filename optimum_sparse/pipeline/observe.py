@@ -405,7 +405,9 @@ class Watch(TorchFunctionMode):
         if not self._outputs:
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") not in _ADDITIONS or len(args) < 2:
-            return self._note(func(*args, **kwargs))
+            result = func(*args, **kwargs)
+            unchanged = any(result is x for x in args) and not _changes(func)  # x.to(where it is)
+            return result if unchanged else self._note(result)
         left, right = args[:2]
         (names_left, left_since), (names_right, right_since) = self._take(left), self._take(right)
         both, since = names_left | names_right, max(left_since, right_since)
@@ -446,6 +448,12 @@ class Watch(TorchFunctionMode):
                 del self._outputs[place]
                 return names, since
         return frozenset(), 0
+
+
+def _changes(func: Any) -> bool:
+    """Whether a function works in place, by its name."""
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 _IN_PLACE = {"__iadd__", "add_"}

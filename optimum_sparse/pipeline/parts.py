@@ -117,8 +117,8 @@ class Parts:
 
 
 SMALLER = (
-    "set a smaller batch_size= or a shorter sequence_length=, or load the model with device_map='auto', which leaves "
-    "blocks in host memory until they are used."
+    "set a smaller batch_size= or a shorter sequence_length=, or leave blocks in host memory (device_map='auto') or "
+    "on disk (prune_to_disk) until they are used."
 )
 
 
@@ -186,7 +186,7 @@ class Calls:
             self._halve(failed)
 
     def _halve(self, error: RuntimeError | MemoryError) -> None:
-        size = max(len(x) for x in (self.parts or self).hidden)
+        size = self.divided or max(len(x) for x in self.hidden)
         if size == 1:
             raise torch.OutOfMemoryError(f"a single sequence does not fit into memory: {SMALLER}") from error
         if ranks.world() > 1:  # they would wait for this one, which repeats what they have done together
@@ -202,14 +202,24 @@ class Calls:
         half = (size + 1) // 2
         logger.warning("out of memory with %d sequences at a time: going on with %d.", size, half)
         torch.cuda.empty_cache()
+        self.divide(half)
+
+    @property
+    def divided(self) -> int | None:
+        """The size of `parts`: how many sequences at most they have at a time."""
+        return None if self.parts is None else max(len(x) for x in self.parts.hidden)
+
+    def divide(self, size: int) -> None:
+        """Make `parts` of at most so many sequences. Needs `record`."""
+        assert self.record is not None
         self.parts = None  # or its arguments would be there beside the new ones
         keep = [
             part
             for mask, hidden in zip(self.keep, self.hidden, strict=True)
-            for part in ([None] * -(-len(hidden) // half) if mask is None else mask.split(half))
+            for part in ([None] * -(-len(hidden) // size) if mask is None else mask.split(size))
         ]
-        dense = None if self.dense_hidden is None else Parts(self.dense_hidden, half)
-        self.parts = Calls(Parts(self.hidden, half), self.record(half), keep, dense_hidden=dense)
+        dense = None if self.dense_hidden is None else Parts(self.dense_hidden, size)
+        self.parts = Calls(Parts(self.hidden, size), self.record(size), keep, dense_hidden=dense)
 
     def outputs(self, block: Callable, index: int, batch: int, hidden: Tensor) -> Tensor:
         """As `run`, within memory."""

@@ -28,7 +28,7 @@ from optimum_sparse.hf import checkpoint, streaming
 from optimum_sparse.hf import journal as journal_module
 from optimum_sparse.hf.checkpoint import read_report
 from optimum_sparse.hf.journal import Journal, Spilled, Stored, lock
-from optimum_sparse.pipeline import Calls
+from optimum_sparse.pipeline import Calls, loop
 
 
 @pytest.fixture
@@ -110,6 +110,28 @@ def test_the_same_bits_as_in_memory(case, spilled, tmp_path, tokenizer, monkeypa
     assert [layer.name for layer in pruner.report.layers] == [
         row["name"] for row in without_seconds(tmp_path / "saved")
     ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_config("sparsegpt"),
+        make_config("wanda", "unstructured", allocation="owl"),
+        make_config("sparsegpt", "unstructured", allocation="error"),
+    ],
+    ids=lambda config: f"{config.method} {config.allocation}",
+)
+def test_weights_that_blocks_share_stay_one(config, tmp_path):
+    """Though accelerate's hooks give each block its own, once it was brought in."""
+    make_model("zamba2").save_pretrained(tmp_path / "source")
+    saved = in_memory(tmp_path / "source", config, tmp_path / "saved")
+    streamed = Pruner.from_pretrained(tmp_path / "source").prune_to_disk(config, tmp_path / "streamed")
+    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (saved, streamed))
+    assert_same_weights(first, second)
+    assert without_seconds(saved) == without_seconds(streamed)
+    shared = [layer.name for layer in read_report(streamed).skipped if "shared with another layer" in layer.skipped]
+    first_half, second_half = ({name for name in shared if f"layers.{number}." in name} for number in (1, 3))
+    assert {name.replace("layers.1.", "layers.3.") for name in first_half} == second_half != set()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
@@ -373,6 +395,33 @@ def test_a_time_zone_is_no_difference(source, monkeypatch):
     assert found[0] == found[1]
 
 
+def test_halved_batches_stay_halved_when_a_run_goes_on(source, tmp_path, monkeypatch):
+    collect = loop.collect
+
+    def collect_within(groups, layout, block, index, calls, *rest, **more):
+        if index == 1 and max(map(len, calls.hidden)) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return collect(groups, layout, block, index, calls, *rest, **more)
+
+    monkeypatch.setattr(loop, "collect", collect_within)
+    Pruner.from_pretrained(source).prune_to_disk(make_config(), tmp_path / "straight")
+    stop_at(3, source, make_config(), tmp_path / "stopped", monkeypatch)
+    Pruner.from_pretrained(source).prune_to_disk(make_config(), tmp_path / "stopped")
+    assert_same_checkpoint(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_an_output_taken_away_before_all_was_tidied_up_is_made_again(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.shutil, "rmtree", lambda *path, **options: None)
+        patch.setattr(Path, "rmdir", lambda path: None)
+        patch.setattr(Path, "unlink", lambda path, **options: None)
+        Pruner.from_pretrained(source).prune_to_disk(make_config(), tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    Pruner.from_pretrained(source).prune_to_disk(make_config(), tmp_path / "out")
+    assert_same_checkpoint(tmp_path / "out", tmp_path / "elsewhere")
+    assert not list(tmp_path.glob(".*.unfinished"))
+
+
 def test_blocks_that_hand_on_state_begin_again(tmp_path):
     journal = Journal(tmp_path / "out", {})
     calls = Calls([torch.ones(1, 2, 3)], [[]], share_state=True)
@@ -550,10 +599,20 @@ def test_an_output_that_cannot_be_written(place, source):
     assert files_of(source) == before
 
 
-def test_a_damaged_index_is_named(source, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{no", "is not JSON"),
+        ('{"metadata": {}, "weight_map": {}}', "is damaged: must hold metadata, and in weight_map"),
+        ('{"metadata": {}}', "is damaged"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "is damaged"),
+        ('{"metadata": {}, "weight_map": {"a": 3}}', "is damaged"),
+    ],
+)
+def test_a_damaged_index_is_named(content, message, source, tmp_path):
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "parts", max_shard_size="60KB")
-    (tmp_path / "parts" / "model.safetensors.index.json").write_text("{no")
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not JSON"):
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match=rf"model\.safetensors\.index\.json {message}"):
         Pruner.from_pretrained(tmp_path / "parts").prune_to_disk(make_config("sparsegpt"), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "parts"}
 
