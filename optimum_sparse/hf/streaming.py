@@ -102,6 +102,8 @@ def _begin(
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     device = usable_device(device_map or "cpu")
+    if ranks.world() > 1 and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # others may take "cuda" for the first one
     hub = {name: loading[name] for name in HUB_ARGUMENTS if name in loading}
     model_config = loading.get("config") or load_config(source, **hub)
     settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
