@@ -108,7 +108,9 @@ def _command(commands: Any, name: str, summary: str, example: str) -> argparse.A
     )
 
 
-def _add_loading(parser: argparse.ArgumentParser, auto: str) -> None:
+def _add_loading(
+    parser: argparse.ArgumentParser, auto: str = "all GPUs, and other memory for what does not fit there"
+) -> None:
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: as stored [auto]"
@@ -303,7 +305,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--dense", metavar="MODEL", help="also measure this one, the model before pruning")
     parser.add_argument("--save", action="store_true", help="put the result into the folder's report and model card")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    _add_loading(parser, auto="all GPUs, and other memory for what does not fit there")
+    _add_loading(parser)
     parser.set_defaults(run_sparse=_eval)
 
 
@@ -330,8 +332,7 @@ def _eval(args: argparse.Namespace) -> None:
             raise ValueError(f"--save: {args.model!r} must be the folder of a sparse checkpoint, with {REPORT_FILE}.")
         read_config(args.model, trust_remote_code=args.trust_remote_code)  # a dense one may lie beside an old report
         check_folder(args.model)
-    for source in filter(None, (args.model, args.dense)):
-        load_config(source, trust_remote_code=args.trust_remote_code)  # before the first is measured
+    load_config(args.model, trust_remote_code=args.trust_remote_code)  # before the dense one is measured
     compressed = {"run_compressed": True} if args.run_compressed else {}
     dense = _measure(args, args.dense)[1] if args.dense else {}  # which is gone before the other is loaded
     model, found = _measure(args, args.model, **compressed)
@@ -443,7 +444,7 @@ def _add_points(parser: argparse.ArgumentParser, recipe: Any, sparsities: str) -
         help="N kept of every M: 2:4, 4:8, 16:32 [none]",
     )
     _add_recipe(parser, recipe)
-    _add_loading(parser, auto="all GPUs, and other memory for what does not fit there")
+    _add_loading(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--text", default="wikitext2", help="for perplexity: as `eval --dataset` [wikitext2]")
     _add_windows(group)

@@ -115,7 +115,8 @@ class Pruner:
         if self._model is None and self._source is not None and one_device and config.dataset != "self":
             kwargs = self._loading | {"tokenizer": self.tokenizer, "max_shard_size": max_shard_size}
             stream(self._source, config, output, **kwargs)
-            self.report = ranks.gathered(None if ranks.rank() else read_report(Path(output)))[0]
+            with ranks.together():
+                self.report = ranks.gathered(read_report(Path(output)) if ranks.rank() == 0 else None)[0]
             self._source = output
             self._loading = {name: self._loading[name] for name in KEPT if name in self._loading}
             return Path(output)

@@ -70,7 +70,7 @@ class Journal:
         self.output = Path(os.path.abspath(output))  # "." has a name as well
         beside, inside = self.output.with_name(f".{self.output.name}.unfinished"), self.output / ".unfinished"
         self.folder = inside if self.output.is_dir() and not beside.exists() else beside
-        self._own = self.folder / f"process-{ranks.rank()}" if ranks.rank() else self.folder
+        self._own = self.folder / f"process-{ranks.rank()}" if ranks.rank() > 0 else self.folder
         self.checkpoint, self.scratch = self.folder / "checkpoint", self._own / "scratch"
         self._state, self._hidden = self._own / "state", self._own / "hidden"
         self.layers: list[LayerReport] = []
@@ -212,7 +212,7 @@ class Journal:
             shutil.rmtree(self._own, ignore_errors=True)
             return None
         shutil.rmtree(self.scratch, ignore_errors=True)
-        if ranks.rank():
+        if ranks.rank() > 0:
             return None
         return (
             f"{self.start} blocks are done: run the same again to go on; to run it with any change, first remove "
@@ -222,17 +222,17 @@ class Journal:
     def publish(self) -> None:
         """Make the output of `checkpoint`. Can be called again after a crash."""
         with ranks.together():
-            if not self.complete and not ranks.rank():
+            if not self.complete and ranks.rank() == 0:
                 sync(self.checkpoint)
                 with atomically(self.folder / COMPLETE) as temporary:
                     temporary.touch()
         with ranks.together():
-            if ranks.rank():
+            if ranks.rank() > 0:
                 shutil.rmtree(self._own, ignore_errors=True)
                 with contextlib.suppress(OSError):  # nothing else is in it on another machine
                     self.folder.rmdir()
         with ranks.together():
-            if not ranks.rank():
+            if ranks.rank() == 0:
                 self._move()
 
     def _move(self) -> None:

@@ -68,18 +68,41 @@ def stream(
             is writing there.
     """
     with ranks.together():
-        device, model_config, journal = _begin(source, config, output, tokenizer, max_shard_size, device_map, loading)
+        device = _device(device_map)
+        hub = {name: loading[name] for name in HUB_ARGUMENTS if name in loading}
+        model_config = loading.get("config") or load_config(source, **hub)
+        settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
+        settings |= {"max_shard_size": max_shard_size, "processes": ranks.world()}
+        settings["device"] = str(device) if ranks.world() == 1 else device.type  # each process has a GPU of its own
+        manifest = {
+            "recipe": config.to_dict(),
+            "model": {
+                "config": json.loads(model_config.to_json_string(use_diff=False)),
+                "commit": getattr(model_config, "_commit_hash", None),  # on the hub; it is in no JSON
+                "files": _files(source, hub),
+            },
+            "tokenizer": _digest_of_tokenizer(tokenizer),
+            "data": _data_file(config.dataset),
+            "settings": settings,
+            "versions": {
+                "optimum_sparse": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        manifest = json.loads(json.dumps(manifest, default=str))
+        ranks.check_same(**manifest)
+        journal = Journal(output, manifest)
     with contextlib.closing(journal):
         if not journal.complete:
             try:
-                if journal.start and not ranks.rank():
+                if journal.start and ranks.rank() == 0:
                     logger.warning(
                         "%s holds an unfinished run: going on from block %d.", journal.folder, journal.start
                     )
                 with ranks.together():
-                    model = _load(
-                        source, model_config, config.block_name, device, journal.scratch / "offload", loading
-                    )
+                    offloaded = journal.scratch / "offload"
+                    model = _load(source, model_config, config.block_name, str(device), offloaded, loading)
                 _prune(model, config, tokenizer, journal, max_shard_size)
             except BaseException:
                 remains = journal.fail()
@@ -89,44 +112,14 @@ def stream(
         journal.publish()
 
 
-def _begin(
-    source: str | os.PathLike,
-    config: SparsityConfig,
-    output: str | os.PathLike,
-    tokenizer: Any,
-    max_shard_size: int | str,
-    device_map: str | None,
-    loading: dict[str, Any],
-) -> tuple[str, PreTrainedConfig, Journal]:
-    """The device, the model's config, and what an earlier run has done."""
+def _device(device_map: str | None) -> torch.device:
+    """Which is to compute; of several processes each has a GPU of its own."""
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     device = usable_device(device_map or "cpu")
     if ranks.world() > 1 and device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # others may take "cuda" for the first one
-    hub = {name: loading[name] for name in HUB_ARGUMENTS if name in loading}
-    model_config = loading.get("config") or load_config(source, **hub)
-    settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
-    which = str(device) if ranks.world() == 1 else device.type  # each process has a GPU of its own
-    manifest = {
-        "recipe": config.to_dict(),
-        "model": {
-            "config": json.loads(model_config.to_json_string(use_diff=False)),
-            "commit": getattr(model_config, "_commit_hash", None),  # on the hub; it is in no JSON
-            "files": _files(source, hub),
-        },
-        "tokenizer": _digest_of_tokenizer(tokenizer),
-        "data": _data_file(config.dataset),
-        "settings": settings | {"device": which, "max_shard_size": max_shard_size, "processes": ranks.world()},
-        "versions": {
-            "optimum_sparse": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-    manifest = json.loads(json.dumps(manifest, default=str))
-    ranks.check_same(**manifest)
-    return str(device), model_config, Journal(output, manifest)
+        return torch.device("cuda", torch.cuda.current_device())  # others may take "cuda" for the first one
+    return device
 
 
 def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | None:
@@ -212,7 +205,7 @@ def _prune(
 
     def save_block(block: Block, stored: SparsityConfig) -> list[str]:
         shards: list[str] = []
-        if not ranks.rank():
+        if ranks.rank() == 0:
             SparsityQuantizer.attach(model, stored, None, lambda name: name.startswith(f"{block.name}."))
             shards = _save_part(model, journal, block.name, max_shard_size)
         _trim()
@@ -220,7 +213,7 @@ def _prune(
 
     stored, report = prune_model(model, config, tokenizer=tokenizer, journal=journal, save_block=save_block)
     with ranks.together():
-        if ranks.rank():
+        if ranks.rank() > 0:
             return
         SparsityQuantizer.attach(model, stored, report, lambda name: not name.startswith(inside))
         shards = [*journal.shards, *_save_part(model, journal, "rest", max_shard_size)]

@@ -871,8 +871,8 @@ __global__ void __launch_bounds__(128 * (GROUPS + (TOKENS <= DIRECT)), GROUPS < 
 
   const typename Word::Pieces pieces(w, lane);
   int span, group, more = 0;    // of what is asked for next, and how often before the tile of y ends
-  const int* start = w.starts;  // and where it says
-  int2 starts[2];               // where its overflow is
+  const int* start = w.starts;  // what says where its overflow is,
+  int2 starts[2];               // and where that is
   auto room = [&](int slot, int k) { return rooms + (slot * 2 + k) * Word::ROOM; };
   auto seek = [&]() INLINE {
     if (more == 0 && later.is_left()) {

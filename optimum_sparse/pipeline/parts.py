@@ -93,7 +93,7 @@ class Parts:
     """Batches in parts of `size` sequences, cut when they are used: the whole may be more than the memory holds."""
 
     def __init__(self, batches: Tensors, size: int):
-        self._batches = batches
+        self._batches, self.size = batches, size
         self._places = [
             (batch, slice(first, first + size)) for batch, x in enumerate(batches) for first in range(0, len(x), size)
         ]
@@ -206,8 +206,9 @@ class Calls:
 
     @property
     def divided(self) -> int | None:
-        """The size of `parts`: how many sequences at most they have at a time."""
-        return None if self.parts is None else max(len(x) for x in self.parts.hidden)
+        """How many sequences at most `parts` have at a time."""
+        hidden = None if self.parts is None else self.parts.hidden
+        return hidden.size if isinstance(hidden, Parts) else None
 
     def divide(self, size: int) -> None:
         """Make `parts` of at most so many sequences. Needs `record`."""
