@@ -131,8 +131,11 @@ def join(rank: int, folder: Path, backend: str) -> str:
     precision._multiplies_bf16 = lambda device: False
     device = "cpu"
     if backend == "nccl":
-        device = f"cuda:{rank}"
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{rank % gpus}"
         torch.cuda.set_device(device)
+        if gpus < WORLD:  # NCCL refuses two processes on a GPU, unless they come from two hosts
+            os.environ.update(NCCL_HOSTID=f"host-{rank}", NCCL_SOCKET_IFNAME="lo")
     group = dict(init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT), **group)
     return device
