@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin  # what `config.json` stores must extend it
@@ -93,7 +93,9 @@ class SparsityConfig(QuantizationConfigMixin):
             two names give different values to is an error; "dense" always wins.
         block_name: where the decoder blocks are, e.g. "model.layers", for models in which they are not found.
         format: how pruned weights are stored: "bitmask".
-        run_compressed: at load time, keep weights compressed in memory (SparseLinear). Not stored.
+        run_compressed: at load time, keep weights compressed in memory (SparseLinear). "decode": and dense ones beside
+            them, which takes about 1.6 times the memory of a dense model; few tokens, as in decoding, read the
+            compressed weight, many the dense one where that is faster. Not stored.
     """
 
     method: str = "sparsegpt"
@@ -124,7 +126,7 @@ class SparsityConfig(QuantizationConfigMixin):
     layers: dict[str, str | float] = field(default_factory=dict)
     block_name: str | None = None
     format: str = "bitmask"
-    run_compressed: bool = False
+    run_compressed: bool | Literal["decode"] = False
     quant_method: Any = QUANT_METHOD  # transformers lists its own in an enum
     format_version: int = FORMAT_VERSION
 
@@ -149,10 +151,10 @@ class SparsityConfig(QuantizationConfigMixin):
         for name in ("input_shift", "residual_shift"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0, 1, "0.5")
-        for name in ("staged", "fisher", "run_compressed"):
-            optional = name in SECOND_ORDER
-            if not isinstance(getattr(self, name), bool) and not (optional and getattr(self, name) is None):
+        for name in ("staged", "fisher"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
+        check_run_compressed(self.run_compressed)
         if self.refine is not None:
             _one_of("refine", self.refine, REFINEMENTS)
         self._check_allocation(pattern)
@@ -372,6 +374,12 @@ def _check_version(version: Any) -> None:
             f"format_version={version!r}: this release reads version {FORMAT_VERSION}; upgrade optimum-sparse to read "
             "a newer one."
         )
+
+
+def check_run_compressed(value: Any) -> None:
+    """Raise ValueError unless this is a value of `run_compressed`."""
+    if not isinstance(value, bool) and value != "decode":
+        raise ValueError(f"run_compressed={value!r}: must be True or False, or 'decode' to keep dense weights, too.")
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:

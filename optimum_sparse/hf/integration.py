@@ -7,14 +7,14 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
 from .. import ranks
-from ..config import QUANT_METHOD, SparsityConfig
+from ..config import QUANT_METHOD, SparsityConfig, check_run_compressed
 from ..nn import SparseLinear
 from .checkpoint import legacy_format, write_report
 from .hub import push, push_model, write_card
@@ -32,7 +32,7 @@ class SparseModelForCausalLM:
         cls,
         model_id: str | os.PathLike,
         sparsity_config: SparsityConfig | dict[str, Any] | None = None,
-        run_compressed: bool | None = None,
+        run_compressed: bool | Literal["decode"] | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a model and prune it by `sparsity_config`; without one, load a sparse checkpoint."""
@@ -116,13 +116,14 @@ def _checked(
     config: Any, run_compressed: Any, stored: dict[str, Any] | None, quantization_config: Any
 ) -> SparsityConfig | None:
     """What to pass as quantization_config for these arguments and this checkpoint; None if nothing is to be passed."""
-    if run_compressed is not None and not isinstance(run_compressed, bool):
-        raise ValueError(f"run_compressed={run_compressed!r}: must be True or False.")
+    if run_compressed is not None:
+        check_run_compressed(run_compressed)
     sparse = stored is not None and stored.get("quant_method") == QUANT_METHOD
     if config is None and not sparse:
         if run_compressed:
             raise ValueError(
-                "run_compressed=True loads a sparse checkpoint; this one is dense: prune it, with sparsity_config=."
+                f"run_compressed={run_compressed!r} loads a sparse checkpoint; this one is dense: prune it, with "
+                "sparsity_config=."
             )
         return None
     if quantization_config is not None:
@@ -131,7 +132,7 @@ def _checked(
             "sparsity_config (with run_compressed), not both."
         )
     if config is None:
-        return SparsityConfig(run_compressed=bool(run_compressed))
+        return SparsityConfig(run_compressed=run_compressed or False)
     if stored is not None and sparse:
         raise ValueError(
             f"this checkpoint is sparse already ({stored.get('method')}, {stored.get('pattern')}): load it without "

@@ -114,9 +114,9 @@ class SparsityQuantizer(HfQuantizer):
                 experts.keep()
             for name, linear in self._plan.linears.items():
                 module, (out_features, in_features) = linear.module, linear.shape
-                sparse = SparseLinear(
-                    in_features, out_features, module.bias is not None, linear.pattern, module.weight.dtype, "meta"
-                )
+                keeps_dense = self.quantization_config.run_compressed == "decode"
+                layer = (in_features, out_features, module.bias is not None, linear.pattern, module.weight.dtype)
+                sparse = SparseLinear(*layer, "meta", keeps_dense)
                 sparse.transposed = linear.transposed
                 model.set_submodule(name, sparse)
 
@@ -156,7 +156,7 @@ class SparsityQuantizer(HfQuantizer):
             config, self.report = prune_model(model, config, tokenizer=self._tokenizer)
             self.quantization_config, self.pre_quantized = config, True
             if run_compressed:
-                compress(model, config)
+                compress(model, config, keeps_dense=run_compressed == "decode")
         elif config.run_compressed:
             for name in tqdm(self._plan.linears, desc="Checking compressed layers", leave=False):
                 module = model.get_submodule(name)
@@ -486,15 +486,16 @@ def _check_in_memory(model: PreTrainedModel, config: SparsityConfig) -> None:
         )
 
 
-def compress(model: PreTrainedModel, config: SparsityConfig) -> None:
+def compress(model: PreTrainedModel, config: SparsityConfig, keeps_dense: bool = False) -> None:
     """Replace every pruned linear by a SparseLinear, one at a time."""
     plan = make_plan(model, config, strict=False)
     for name, experts in plan.experts.items():
         experts.take()
         model.set_submodule(name, experts)
     for name, linear in plan.linears.items():
-        weight = linear.module.weight.detach()
-        sparse = SparseLinear.from_dense(weight.T if linear.transposed else weight, linear.module.bias, linear.pattern)
+        weight, bias = linear.module.weight.detach(), linear.module.bias
+        weight = weight.T if linear.transposed else weight
+        sparse = SparseLinear.from_dense(weight, bias, linear.pattern, keeps_dense)
         sparse.transposed = linear.transposed
         model.set_submodule(name, sparse)
     for experts in plan.experts.values():

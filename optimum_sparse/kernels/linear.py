@@ -8,7 +8,7 @@ through Python once more for these, at every call: `linear_without_gradients` is
 W comes as it is on disk (formats.bitmask), or in slots with `overflow` and `starts`, as CUDA kernels need it
 (formats.slots), or 2:4 with `semi_structured`, what cuSPARSELt wants behind the values. Which of these it is, the
 weight itself says: it may have been replaced by one from elsewhere. `group` is M of N:M, 0 if there is none or it is
-not known.
+not known. `dense` is the same W once more, uncompressed, where there is room for both.
 """
 
 import functools
@@ -26,6 +26,10 @@ from . import cpu, cuda, cusparselt
 
 
 PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
+# On CUDA, where the dense W is there, too: up to so many tokens what reads the compressed one wins, and cuSPARSELt
+# from so many on. By the tables in README.md.
+DENSE_AFTER = {"pairs": 64, "even": 32, "uneven": 4}
+SEMI_STRUCTURED_FROM = 512
 # Up to here reading less memory wins on a CPU, beyond it dense products do: sooner with AMX, which is their best.
 CPU_TOKENS = 8 if torch.cpu.get_capabilities().get("amx_bf16", False) else 16
 SLAB = 2**22  # weights that are expanded at a time on the CPU: they stay in its cache
@@ -38,35 +42,55 @@ class Choice(NamedTuple):
     reason: str
 
 
-def select(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int], tokens: int) -> Choice:
-    """What multiplies x [tokens, in] by a compressed weight (out, in) of this dtype and pattern on this device."""
+def select(
+    device: torch.device,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    shape: tuple[int, int],
+    tokens: int,
+    beside_dense: bool = False,
+) -> Choice:
+    """What multiplies x [tokens, in] by a compressed weight (out, in) of this dtype and pattern on this device.
+
+    Args:
+        beside_dense: the dense weight is in memory, too.
+    """
     out_features, in_features = shape
+    dense = Choice("dense", "the dense weight is there, and nothing that reads the compressed one is faster")
     if device.type == "cuda":
         problem = cuda.refuses(device, dtype, in_features)
         even = slots.even_slots(pattern, in_features)
         if not problem and not even and in_features > slots.MOST_COLUMNS:
             problem = f"more than {slots.MOST_COLUMNS} inputs"
         if problem:
-            return Choice("reference", problem)
+            return dense if beside_dense else Choice("reference", problem)
         pairs = _are_pairs(pattern, even)
         layout = cuda.Layout(dtype, out_features, in_features, even or 16, pairs, not even)
-        chosen = _choose(layout, tokens, _index(device), pairs and cusparselt.usable(_index(device), dtype, *shape))
+        semi_structured = pairs and cusparselt.usable(_index(device), dtype, *shape)
+        chosen = _choose(layout, tokens, _index(device), semi_structured, beside_dense)
+        if chosen == "dense":
+            return dense
         if chosen == "cusparselt":
             return Choice(chosen, "2:4 and many tokens: sparse tensor cores")
         if chosen == "expand":
             return Choice(chosen, "the weight is expanded, then cuBLAS: nothing that reads it compressed is faster")
         return Choice(chosen.kernel.split("<")[0], "reads the compressed weight alone")
-    if device.type != "cpu":
-        return Choice("reference", f"there is no kernel for {device.type} yet")
-    return _select_cpu(dtype, tokens)
+    if device.type == "cpu":
+        choice = _select_cpu(dtype, tokens)
+    else:
+        choice = Choice("reference", f"there is no kernel for {device.type} yet")
+    return dense if beside_dense and choice.backend != "cpu" else choice
 
 
 def _choose(
-    layout: cuda.Layout, tokens: int, device: int, semi_structured: bool
-) -> cuda.Launch | Literal["cusparselt", "expand"]:
-    """What multiplies on a GPU by a weight, which cuSPARSELt can read or not."""
+    layout: cuda.Layout, tokens: int, device: int, semi_structured: bool, beside_dense: bool
+) -> cuda.Launch | Literal["cusparselt", "expand", "dense"]:
+    """What multiplies on a GPU by a weight, which cuSPARSELt can read or not, and which is there dense or not."""
+    few = DENSE_AFTER["uneven" if layout.overflow else "pairs" if layout.pairs else "even"]
+    if beside_dense and tokens > few and not (semi_structured and tokens >= SEMI_STRUCTURED_FROM):
+        return "dense"
     launch = None if semi_structured and tokens > PAIRS_TOKENS else cuda.plan(layout, tokens, device)
-    return launch or ("cusparselt" if semi_structured and tokens else "expand")
+    return launch or ("cusparselt" if semi_structured and tokens else "dense" if beside_dense else "expand")
 
 
 def _select_cpu(dtype: torch.dtype, tokens: int) -> Choice:
@@ -98,7 +122,7 @@ def _index(device: torch.device) -> int:
 
 
 _LIBRARY = torch.library.Library("optimum_sparse", "FRAGMENT")
-_MORE = "int group=0, Tensor? overflow=None, Tensor? starts=None, Tensor? semi_structured=None"
+_MORE = "int group=0, Tensor? overflow=None, Tensor? starts=None, Tensor? semi_structured=None, Tensor? dense=None"
 _MATRIX = "Tensor weight, Tensor weight_mask, Tensor? weight_rows, int in_features"
 _LIBRARY.define(f"expand({_MATRIX}, {_MORE}) -> Tensor")
 _LIBRARY.define(f"linear(Tensor x, {_MATRIX}, Tensor? bias, {_MORE}) -> Tensor")
@@ -119,6 +143,7 @@ class _Matrix(NamedTuple):
     overflow: Tensor | None = None
     starts: Tensor | None = None
     semi_structured: Tensor | None = None
+    dense: Tensor | None = None
 
     def for_cuda(self) -> cuda.Matrix | None:
         """As the CUDA kernels take it; None if they do not."""
@@ -181,7 +206,11 @@ def reference(x: Tensor, *args: Any) -> Tensor:
     """`linear` on any device: x [..., in] -> [..., out]."""
     matrix, bias = _split(args)
     _check(x, matrix, bias)
-    return F.linear(x, expand(*matrix), bias)
+    return F.linear(x, _dense(matrix), bias)
+
+
+def _dense(matrix: _Matrix) -> Tensor:
+    return expand(*matrix) if matrix.dense is None else matrix.dense
 
 
 def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
@@ -191,7 +220,7 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     if not weight_mask.numel() or weight.dim() == 3:
         return reference(x, *args)
     backend = _select_cpu(weight.dtype, x.numel() // in_features).backend
-    if backend == "reference":
+    if backend == "reference" or (backend == "expand" and matrix.dense is not None):
         return reference(x, *args)
     if backend == "cpu":
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
@@ -218,7 +247,10 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
         return reference(x, *args)
     layout, weight, behind = matrix.layout, matrix.values, compressed.semi_structured
     together = behind is not None and behind.data_ptr() == weight.data_ptr() + weight.nbytes
-    chosen = _choose(layout, x.numel() // layout.in_features, x.get_device(), together)
+    tokens, dense = x.numel() // layout.in_features, compressed.dense
+    chosen = _choose(layout, tokens, x.get_device(), together, dense is not None)
+    if chosen == "dense":
+        return F.linear(x, _dense(compressed), bias)
     if chosen == "cusparselt":
         return cusparselt.linear(x, weight, layout.rows, bias)
     if chosen == "expand":
@@ -239,13 +271,13 @@ def _split(args: tuple) -> tuple[_Matrix, Tensor | None]:
 
 def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     """Shapes and types. What the tensors hold is checked once, when they are loaded: bitmask.validate."""
-    weight, weight_mask, weight_rows, in_features, _, overflow, starts, behind = matrix
+    weight, weight_mask, weight_rows, in_features, _, overflow, starts, behind, dense = matrix
     device, dtype = weight.device, weight.dtype
-    for tensor in (weight_mask, weight_rows, overflow, starts, behind, bias, x):
+    for tensor in (weight_mask, weight_rows, overflow, starts, behind, dense, bias, x):
         if tensor is not None and tensor.device != device:
             name = _name_of(tensor, x, matrix, bias)
             raise ValueError(f"{name} is on {tensor.device}, the compressed weight on {device}: move one.")
-    for tensor in (bias, x):
+    for tensor in (dense, bias, x):
         if tensor is not None and tensor.dtype != dtype:
             name = _name_of(tensor, x, matrix, bias)
             raise ValueError(f"{name} is {tensor.dtype}, the compressed weight {dtype}: convert one.")
@@ -271,6 +303,8 @@ def _check(x: Tensor, matrix: _Matrix, bias: Tensor | None) -> None:
     size = rows * in_features // 16  # and what the library pads it with
     if behind is not None and behind.nbytes < 2 * size:
         raise ValueError(f"semi_structured is {_describe(behind)}: must be {size} of 16 bits, or more.")
+    if dense is not None and dense.shape != (rows, in_features):
+        raise ValueError(f"dense is {_describe(dense)}: must be [{rows}, {in_features}], as the compressed weight.")
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"bias has shape {list(bias.shape)}: must be [{rows}], the layer's outputs.")
 
@@ -297,9 +331,10 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_mask, weight_rows, *layout = ctx.saved_tensors
+    matrix = _Matrix(weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout)
     gradients: list[Tensor | None] = [None] * ctx.inputs
     if ctx.needs_input_grad[0]:
-        gradients[0] = gradient @ expand(weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout)
+        gradients[0] = gradient @ _dense(matrix)
     if ctx.needs_input_grad[5]:
         gradients[5] = gradient.sum_to_size(gradient.shape[-1:])
     return tuple(gradients)

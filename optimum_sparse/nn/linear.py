@@ -22,6 +22,10 @@ class SparseLinear(nn.Module):
     The forward pass is `kernels.linear`: a kernel where there is one, else the weight is expanded and let go again.
     Where CUDA kernels want the values in another layout, `pack` moves them, whenever the layer comes to such a device,
     and `unpack` moves them back when it leaves; the state dict stays the same.
+
+    Attributes:
+        keeps_dense: `pack` expands the weight, too, and products that are faster with it take it. It is read-only, as
+            is the compressed one then: what is written into one of the two is not in the other.
     """
 
     weight: nn.Parameter
@@ -30,6 +34,7 @@ class SparseLinear(nn.Module):
     overflow: Tensor | None  # packed only: formats.slots
     starts: Tensor | None
     semi_structured: Tensor | None  # packed only: kernels.cusparselt; it lies behind the values, in one storage
+    dense: Tensor | None  # packed only, if `keeps_dense`: [out, in]
     transposed: bool = False  # stands for a Conv1D, whose dense weight is [in, out]; here it is [out, in] all the same
 
     def __init__(
@@ -40,11 +45,13 @@ class SparseLinear(nn.Module):
         pattern: Pattern,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        keeps_dense: bool = False,
     ):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.pattern = pattern
+        self.keeps_dense = keeps_dense
         self.checked = False  # whether the tensors are known to hold a matrix: memory that was never written does not
         for name, (shape, fixed) in bitmask.layout((out_features, in_features), pattern).items():
             tensor = torch.empty(shape, dtype=fixed or dtype, device=device)
@@ -54,15 +61,17 @@ class SparseLinear(nn.Module):
                 self.register_buffer(name, tensor)
         if not hasattr(self, "weight_rows"):
             self.register_buffer("weight_rows", None)
-        self._lay(None, None, None)
+        self._lay()
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
 
     @classmethod
-    def from_dense(cls, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> "SparseLinear":
+    def from_dense(
+        cls, weight: Tensor, bias: Tensor | None, pattern: Pattern, keeps_dense: bool = False
+    ) -> "SparseLinear":
         """Compress weight [out, in]; `bias` is shared, not copied."""
-        linear = cls(weight.shape[1], weight.shape[0], bias is not None, pattern, weight.dtype, "meta")
+        linear = cls(weight.shape[1], weight.shape[0], bias is not None, pattern, weight.dtype, "meta", keeps_dense)
         tensors = bitmask.encode(weight, pattern)
         linear.weight = nn.Parameter(tensors.pop("weight"), requires_grad=False)
         for name, tensor in tensors.items():
@@ -79,23 +88,32 @@ class SparseLinear(nn.Module):
         return self.overflow is not None or self.semi_structured is not None
 
     def pack(self) -> None:
-        """Move the values to where the kernels of this device want them, if they do."""
-        if self.packed or not self.checked or not self.weight.numel():
+        """Move the values to where the kernels of this device want them, if they do; expand them if `keeps_dense`."""
+        if self.packed or self.dense is not None or not self.checked or not self.weight.numel():
             return
         weight, shape = self.weight, (self.out_features, self.in_features)
         layout = wanted_layout(weight.device, weight.dtype, self.pattern, shape)
         if layout == "slots":
             moved = slots.pack(weight.data, self.weight_mask, self.in_features)
             weight.data = moved.values
-            self._lay(moved.overflow, moved.starts, None)
+            self._lay(moved.overflow, moved.starts)
         elif layout == "cusparselt":
             packed = cusparselt.pack(weight.data, bitmask.unpack_bits(self.weight_mask, self.in_features))
             weight.data = packed[: weight.numel()].view(weight.shape)
-            self._lay(None, None, packed[weight.numel() :])
+            self._lay(semi_structured=packed[weight.numel() :])
+        if self.keeps_dense and not self.weight.is_meta:  # else it is offloaded, to save memory
+            self._lay(self.overflow, self.starts, self.semi_structured, self.to_dense())
 
-    def _lay(self, overflow: Tensor | None, starts: Tensor | None, semi_structured: Tensor | None) -> None:
+    def _lay(
+        self,
+        overflow: Tensor | None = None,
+        starts: Tensor | None = None,
+        semi_structured: Tensor | None = None,
+        dense: Tensor | None = None,
+    ) -> None:
         """Set what `pack` adds to the values. It is in no state dict."""
-        for name, tensor in (("overflow", overflow), ("starts", starts), ("semi_structured", semi_structured)):
+        added = {"overflow": overflow, "starts": starts, "semi_structured": semi_structured, "dense": dense}
+        for name, tensor in added.items():
             # accelerate takes all that is called not persistent for tensors.
             self.register_buffer(name, tensor, persistent=tensor is None)
         for name in [name for name, tensor in self._buffers.items() if tensor is None]:
@@ -104,13 +122,16 @@ class SparseLinear(nn.Module):
     @property
     def growth(self) -> float:
         """How many times the bytes of the values on disk `pack` makes of them on a GPU, about."""
-        if not torch.cuda.is_available():
-            return 1.0
         shape = (self.out_features, self.in_features)
-        layout = wanted_layout(torch.device("cuda"), self.weight.dtype, self.pattern, shape)
-        if layout == "slots":  # measured: 0.09 of the dense bytes more from 30 to 70 % sparsity
-            return 1 + 0.09 * math.prod(shape) / math.prod(bitmask.layout(shape, self.pattern)["weight"][0])
-        return 1.125 if layout == "cusparselt" else 1.0
+        whole = math.prod(shape) / max(1, math.prod(bitmask.layout(shape, self.pattern)["weight"][0]))
+        growth = 1 + whole if self.keeps_dense else 1.0
+        if torch.cuda.is_available():
+            layout = wanted_layout(torch.device("cuda"), self.weight.dtype, self.pattern, shape)
+            if layout == "slots":  # measured: 0.09 of the dense bytes more from 30 to 70 % sparsity
+                growth += 0.09 * whole
+            elif layout == "cusparselt":
+                growth += 0.125
+        return growth
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -124,7 +145,7 @@ class SparseLinear(nn.Module):
             if together:
                 weight.data = values
             else:
-                self._lay(None, None, None)
+                self._lay(dense=self.dense)
         shape = (self.out_features, self.in_features)
         if self.packed and wanted_layout(weight.device, weight.dtype, self.pattern, shape) is None:
             self.unpack()  # torch.load has brought it to another device
@@ -134,7 +155,8 @@ class SparseLinear(nn.Module):
         """Undo `pack`."""
         if self.packed:
             self.weight.data = self._values().clone()
-            self._lay(None, None, None)
+        if self.packed or self.dense is not None:
+            self._lay()
 
     def _values(self) -> Tensor:
         """The values as they are on disk."""
@@ -166,11 +188,13 @@ class SparseLinear(nn.Module):
         if "weight" not in parameters or "bias" not in parameters:  # nn.DataParallel, parametrizations
             parameters = {"weight": self.weight, "bias": self.bias}
         weight, bias, device = parameters["weight"], parameters["bias"], x.device.type
+        dense = buffers["dense"]
         if torch.is_autocast_enabled(device):
             if weight.dim() == 3 and weight.dtype != torch.get_autocast_dtype(device):  # overflow holds bits of it
                 return F.linear(x, self.to_dense(), bias)
             x, weight = as_multiplied(x), as_multiplied(weight)
             bias = None if bias is None else as_multiplied(bias)
+            dense = None if dense is None or dense.dtype != weight.dtype else dense
         return linear(
             x,
             weight,
@@ -182,6 +206,7 @@ class SparseLinear(nn.Module):
             buffers["overflow"],
             buffers["starts"],
             buffers["semi_structured"],
+            dense,
         )
 
     @property
@@ -190,7 +215,7 @@ class SparseLinear(nn.Module):
 
     @property
     def _layout(self) -> tuple[Tensor | None, ...]:
-        return self.overflow, self.starts, self.semi_structured
+        return self.overflow, self.starts, self.semi_structured, self.dense
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "SparseLinear":
         here = self.weight.data.new_empty(0)

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--generate", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside-dense", action="store_true", help='run_compressed="decode"')
     parser.add_argument("--compile", action="store_true", help="CUDA: torch.compile the step of both before its graph")
     args = parser.parse_args()
     if args.checkpoint == "random-7b":
@@ -45,9 +46,9 @@ def main() -> None:
     else:
         models = {
             name: AutoModelForCausalLM.from_pretrained(
-                args.checkpoint, dtype=args.dtype, device_map=args.device, run_compressed=name == "compressed"
+                args.checkpoint, dtype=args.dtype, device_map=args.device, run_compressed=run_compressed
             )
-            for name in ("dense", "compressed")
+            for name, run_compressed in (("dense", False), ("compressed", "decode" if args.beside_dense else True))
         }
     cuda = args.device.startswith("cuda")
     on = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
@@ -96,7 +97,8 @@ def random_7b(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
     for name in tqdm(linears, desc="Compressing"):
         dense = models["dense"].model.layers.get_submodule(name)
         dense.weight.mul_(keep_mask(dense.weight.abs().float(), pattern))
-        models["compressed"].model.layers.set_submodule(name, SparseLinear.from_dense(dense.weight, None, pattern))
+        sparse = SparseLinear.from_dense(dense.weight, None, pattern, args.beside_dense)
+        models["compressed"].model.layers.set_submodule(name, sparse)
     return models
 
 

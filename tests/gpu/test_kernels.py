@@ -295,6 +295,27 @@ def test_without_the_cuda_bindings_the_reference_runs(
             cached.cache_clear()
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_the_dense_weight_beside_it(pattern: Pattern):
+    weight, bias = sparse((256, 192), pattern, torch.bfloat16), torch.randn(256, device="cuda").bfloat16()
+    layer = SparseLinear.from_dense(weight.cpu(), bias.cpu(), pattern, keeps_dense=True)
+    assert layer.dense is not None
+    layer.cuda()
+    assert torch.equal(layer.dense, weight)
+    backends = set()
+    for tokens in (1, 4, 5, 32, 33, 64, 65, 300, 512, 1000):
+        x = torch.randn(tokens, 192, device="cuda").bfloat16()
+        with torch.no_grad():
+            y = layer(x)
+            assert torch.equal(replayed(layer, x), y)
+        check(y, x, weight, bias)
+        backend = select(weight.device, torch.bfloat16, pattern, (256, 192), tokens, beside_dense=True).backend
+        assert (backend == "dense") == torch.equal(y, F.linear(x, weight, bias)) or tokens < 300
+        backends.add(backend)
+    assert "dense" in backends
+    assert ("cusparselt" in backends) == (pattern == NM(2, 4))
+
+
 def test_2of4_shares_its_values_with_cusparselt():
     """Groups with fewer than two values too: kept zeros have a place on disk, and the buffer keeps it."""
     weight = sparse((128, 192), NM(2, 4), torch.bfloat16)
@@ -386,12 +407,16 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path):
     return tmp_path / "sparse"
 
 
+@pytest.mark.parametrize("run_compressed", [True, "decode"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_generate(checkpoint, dtype, tmp_path):
+def test_generate(checkpoint, dtype, run_compressed, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cuda", dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cuda", dtype=dtype, run_compressed=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, device_map="cuda", dtype=dtype, run_compressed=run_compressed
+    )
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
     assert layers
+    assert all((layer.dense is not None) == (run_compressed == "decode") for layer in layers)
     if dtype == torch.bfloat16:
         model.save_pretrained(tmp_path / "again")
         for name in ("model.safetensors",):
@@ -421,9 +446,10 @@ def test_the_first_launch_in_the_warm_up_of_a_graph(tokens: int, monkeypatch: py
             check(replays(x).clone(), x, weight, None)
 
 
-def test_compiled_and_in_a_cuda_graph(checkpoint):
+@pytest.mark.parametrize("run_compressed", [True, "decode"])
+def test_compiled_and_in_a_cuda_graph(checkpoint, run_compressed):
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, device_map="cuda", dtype=torch.bfloat16, run_compressed=True
+        checkpoint, device_map="cuda", dtype=torch.bfloat16, run_compressed=run_compressed
     )
     ids = torch.randint(0, 60, (1, 1), device="cuda")
     torch._dynamo.reset()  # what other tests compiled in this process counts towards its limit

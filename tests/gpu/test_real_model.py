@@ -126,9 +126,10 @@ def test_each_expert_by_its_own_tokens(config, pruned, tokens, tmp_path):
 # ---- what it computes and writes when it is compressed
 
 
+@pytest.mark.parametrize("run_compressed", [True, "decode"])
 @pytest.mark.parametrize("pattern", METHODS)
-def test_saved_from_compressed_as_it_was(pattern, pruned, tmp_path):
-    load(pruned(pattern), run_compressed=True).save_pretrained(tmp_path)
+def test_saved_from_compressed_as_it_was(pattern, run_compressed, pruned, tmp_path):
+    load(pruned(pattern), run_compressed=run_compressed).save_pretrained(tmp_path)
     assert files_of(tmp_path) == files_of(pruned(pattern))
 
 
@@ -146,7 +147,8 @@ def test_logits(pattern, dtype, pruned, tokens):
         parts = [(logits(model, text[:, :n]), exact[:, :n]) for n in (1, 4, 9, 200)]
         return torch.stack([(found - wanted).norm() / wanted.norm() for found, wanted in parts]).max()
 
-    assert error(run_compressed=True) <= (2e-5 if dtype == torch.float32 else 1.5 * error())
+    for run_compressed in (True, "decode"):
+        assert error(run_compressed=run_compressed) <= (2e-5 if dtype == torch.float32 else 1.5 * error())
 
 
 @pytest.mark.parametrize("dtype", WRITTEN, ids=str)

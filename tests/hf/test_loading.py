@@ -142,6 +142,24 @@ def test_packed_layers_are_saved_as_they_were_loaded(tiny_llama, tmp_path, monke
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+def test_dense_weights_beside_compressed_ones(pattern, tiny_llama, sparse_checkpoints, tmp_path):
+    """run_compressed="decode": loaded or pruned on load; what is saved is what True saves."""
+    dense = AutoModelForCausalLM.from_pretrained(sparse_checkpoints[pattern])
+    config = make_config("magnitude", pattern)
+    many = token_ids(2, 24)
+    for path, how in ((sparse_checkpoints[pattern], {}), (tiny_llama, {"sparsity_config": config})):
+        model = AutoModelForCausalLM.from_pretrained(path, run_compressed="decode", **how)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+        assert len(layers) == 14
+        assert all(torch.equal(layer.dense, dense.get_submodule(name).weight) for name, layer in layers.items())
+        assert torch.equal(model(many).logits, dense(many).logits)
+        model.save_pretrained(tmp_path / "saved")
+        written = (tmp_path / "saved" / "model.safetensors").read_bytes()
+        assert written == (sparse_checkpoints[pattern] / "model.safetensors").read_bytes()
+        assert not any("dense" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_compressed_model_runs_outside_of_no_grad(pattern, tiny_llama, sparse_checkpoints):
     """transformers makes every parameter that it loads trainable; compressed ones are not."""
     config = make_config("magnitude", pattern)
@@ -199,7 +217,7 @@ def test_run_compressed_of_a_dense_checkpoint_is_an_error(owner, tiny_llama):
 def test_run_compressed_false_of_a_dense_checkpoint_changes_nothing(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, run_compressed=False)
     assert not hasattr(model, "hf_quantizer")
-    with pytest.raises(ValueError, match="run_compressed='no': must be True or False"):
+    with pytest.raises(ValueError, match="run_compressed='no': must be True or False, or 'decode'"):
         AutoModelForCausalLM.from_pretrained(tiny_llama, run_compressed="no")
 
 

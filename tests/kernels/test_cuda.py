@@ -250,10 +250,27 @@ def test_cusparselt_takes_many_tokens_and_those_that_no_kernel_takes(hopper: boo
     monkeypatch.setattr(cuda, "_is_hopper", lambda device: hopper)
     layout = cuda.Layout(torch.bfloat16, 4096, 4096, 16, True, False)
     for tokens in (0, 1, 64, 65, 128, 129, 4096):
-        chosen = linear_module._choose(layout, tokens, 0, True)
+        chosen = linear_module._choose(layout, tokens, 0, True, False)
         assert (chosen == "cusparselt") == (tokens > (128 if hopper else 64))
         assert (chosen == "expand") == (tokens == 0)
-        assert linear_module._choose(layout, tokens, 0, False) != "cusparselt"
+        assert linear_module._choose(layout, tokens, 0, False, False) != "cusparselt"
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_dense_weight_takes_those_tokens_for_which_nothing_else_is_faster(
+    hopper: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cuda, "_is_hopper", lambda device: hopper)
+    pairs = cuda.Layout(torch.bfloat16, 4096, 4096, 16, True, False)
+    even = pairs._replace(pairs=False)
+    for layout, few in ((pairs, 64), (even, 32), (even._replace(overflow=True), 4)):
+        for tokens in (1, few, few + 1, 511, 512, 4096):
+            for semi_structured in {False, layout.pairs}:
+                chosen = linear_module._choose(layout, tokens, 0, semi_structured, True)
+                assert (chosen == "dense") == (few < tokens and not (semi_structured and tokens > 511))
+                if chosen != "dense":
+                    assert chosen == linear_module._choose(layout, tokens, 0, semi_structured, False)
+        assert linear_module._choose(layout, 0, 0, layout.pairs, True) == "dense"  # which no kernel takes
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

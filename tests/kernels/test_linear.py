@@ -322,6 +322,7 @@ def test_bad_inputs_are_named():
         linear(torch.tensor(1.0), *packed, 40, bias)
     with pytest.raises(ValueError, match=r"x is torch.float16, the compressed weight torch.float32"):
         linear(torch.randn(2, 40).half(), *packed, 40, bias)
+    more = (0, None, None, None)
     for wrong, message in (
         ((*packed, 40, bias.double()), "bias is torch.float64, the compressed weight torch.float32"),
         ((*packed, 40, bias[:3]), r"bias has shape \[3\]: must be \[12\]"),
@@ -336,6 +337,14 @@ def test_bad_inputs_are_named():
             r"weight_rows is int64 \[12\]: must be int64",
         ),
         ((packed[0], packed[1].to("meta"), None, 40, None), "weight_mask is on meta, the compressed weight on cpu"),
+        (
+            (*packed, 40, None, *more, torch.zeros(40, 12)),
+            r"dense is float32 \[40, 12\]: must be \[12, 40\]",
+        ),
+        (
+            (*packed, 40, None, *more, torch.zeros(12, 40).half()),
+            "dense is torch.float16, the compressed weight",
+        ),
     ):
         for call in (reference, torch.ops.optimum_sparse.linear):
             with pytest.raises(ValueError, match=message):
@@ -356,6 +365,12 @@ def test_select_says_what_runs_and_why():
     assert (
         select(torch.device("meta"), torch.float32, NM(2, 4), (64, 64), 1).reason == "there is no kernel for meta yet"
     )
+    for tokens in (1, CPU_TOKENS, CPU_TOKENS + 1):
+        alone, beside = (
+            select(torch.device("cpu"), torch.bfloat16, NM(2, 4), (64, 64), tokens, beside_dense)
+            for beside_dense in (False, True)
+        )
+        assert beside == alone if alone.backend == "cpu" else beside.backend == "dense"
 
 
 def test_without_the_library_the_reference_runs_after_one_warning(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask, slots
+from optimum_sparse.kernels import linear as linear_kernels
 from optimum_sparse.kernels.linear import CPU_TOKENS
 from optimum_sparse.nn import SparseLinear
 from optimum_sparse.nn import linear as linear_module
@@ -50,6 +51,33 @@ def test_state_dict_is_the_disk_format_and_loads_into_an_empty_layer(pattern: Pa
         empty.load_state_dict(state, assign=device == "meta")
         empty.validate()
         assert torch.equal(empty.to_dense(), weight)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_dense_weight_beside_it_is_the_same_matrix_wherever_it_goes(pattern: Pattern, monkeypatch):
+    weight, bias, other = pruned(pattern), torch.randn(7), pruned(pattern)
+    layer = SparseLinear.from_dense(weight, bias, pattern, keeps_dense=True)
+    alone = SparseLinear.from_dense(weight, bias, pattern)
+    assert layer.state_dict().keys() == alone.state_dict().keys()
+    assert layer.growth == pytest.approx(1 + weight.nbytes / max(1, layer.weight.nbytes))
+    many = torch.randn(2, CPU_TOKENS, 40)
+    copies = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)._apply(torch.clone)
+    for moved in (layer, *copies):
+        assert torch.equal(moved.dense, weight)
+        assert torch.equal(moved(many), F.linear(many, weight, bias))  # to the bit: that is what multiplies
+        torch.testing.assert_close(moved(many[0, :1]), F.linear(many[0, :1], weight, bias))
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert torch.equal(half.dense, weight.bfloat16())
+    half.load_state_dict(SparseLinear.from_dense(other, bias, pattern).state_dict())
+    assert torch.equal(half.dense, other.bfloat16())
+    assert copy.deepcopy(layer).to("meta").dense is None
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            torch.testing.assert_close(layer(many), alone(many))
+    x = many.clone().requires_grad_()
+    monkeypatch.setattr(linear_kernels, "expand", None)  # nothing is expanded any more
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
 
 
 def test_names_of_the_state_dict():
