@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from . import ranks
 from .config import IN_MEMORY, is_texts, is_token_ids
@@ -156,7 +155,7 @@ def pack(
     needed = num_samples * sequence_length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
-    with tqdm(total=needed, desc="Tokenizing", unit="token", leave=False, disable=ranks.rank() > 0) as bar:
+    with ranks.progress(total=needed, desc="Tokenizing", unit="token", leave=False) as bar:
         for text in documents:
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             tokens += ids + end

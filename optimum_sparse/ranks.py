@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm.auto import tqdm
 
 
 T = TypeVar("T")
@@ -32,6 +33,11 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def progress(*args: Any, **options: Any) -> tqdm:
+    """tqdm's bar, which the first process alone shows. It passes no `disable`, which would outweigh TQDM_DISABLE."""
+    return tqdm(*args, **options | ({"disable": True} if rank() > 0 else {}))
 
 
 @contextlib.contextmanager

@@ -115,13 +115,15 @@ def test_processes_of_torchrun_prune_together(tiny_llama, text, tmp_path):
         arguments = prune_arguments(tiny_llama, text, tmp_path / "out", *options)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launch, "-m", "optimum_sparse", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        quiet = os.environ | {"TQDM_DISABLE": "1"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=quiet)
 
     assert "error: 1 calibration sequences for 2 processes" in run(1).stderr
     assert [path.name for path in tmp_path.iterdir()] == []
     done = run(2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("MB on disk") == 1  # the first process prints, and the other does not
+    assert "Pruning:" not in done.stderr  # TQDM_DISABLE
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

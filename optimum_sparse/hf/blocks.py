@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -358,7 +357,7 @@ def record_calls(
         return forward
 
     with replaced_forwards(blocks, recorder):
-        for batch in tqdm(batches, desc="Recording", unit="batch", leave=False, disable=ranks.rank() > 0):
+        for batch in ranks.progress(batches, desc="Recording", unit="batch", leave=False):
             with contextlib.suppress(_Recorded):
                 model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             mask = batch.get("attention_mask")

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .. import ranks
@@ -305,9 +304,7 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
     written = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in tqdm(
-            range(0, samples, batch_size), desc="Sampling text", unit="batch", leave=False, disable=ranks.rank() > 0
-        ):
+        for start in ranks.progress(range(0, samples, batch_size), desc="Sampling text", unit="batch", leave=False):
             count = min(batch_size, samples - start)
             first = torch.randint(text.vocab_size, (count, 1), generator=generator)
             if begin is not None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .. import ranks
@@ -96,9 +95,7 @@ def fisher(
             stack.callback(block.module.register_forward_hook(hook(block.name, False)).remove)
             for linear in block.linears:
                 stack.callback(linear.module.register_forward_hook(hook(linear.name, True)).remove)
-        for number, batch in enumerate(
-            tqdm(batches, desc="Sensitivity", unit="batch", leave=False, disable=ranks.rank() > 0)
-        ):
+        for number, batch in enumerate(ranks.progress(batches, desc="Sensitivity", unit="batch", leave=False)):
             current = number
             first = 0
             size = min(size, _sequences(model, batch, device))

@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .. import ranks
 from ..core import SAMPLE_TOKENS, Needs, NotPositiveDefinite, Solved, violation
@@ -104,14 +103,13 @@ def prune_blocks(
     layouts = Layouts()
     reports: list[LayerReport] = []
     try:
-        progress = tqdm(
+        progress = ranks.progress(
             blocks[start:],
             desc=description,
             unit="block",
             initial=start,
             total=len(blocks),
             leave=None,  # it stays, unless it is inside another bar
-            disable=ranks.rank() > 0,
         )
         for index, block in enumerate(progress, start):
             with onload(block.module):
