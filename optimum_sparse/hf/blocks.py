@@ -146,7 +146,7 @@ def make_plan(
         _check_rules(model, config, full(prefix))
     if shared is None:
         owners: dict[int, list[str]] = {}
-        for number, module in enumerate(modules):
+        for number, module in modules._modules.items():
             for local, child in module.named_modules():
                 if is_linear(child):
                     owners.setdefault(id(child.weight), []).append(f"{prefix}.{number}.{local}")
@@ -171,7 +171,7 @@ def make_plan(
         block.linears.append(linear)
         return None
 
-    for number, module in enumerate(modules):
+    for number, module in modules._modules.items():
         block = Block(f"{prefix}.{number}", module, [])
         if part is not None and not part(f"{block.name}."):
             continue

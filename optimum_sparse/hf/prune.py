@@ -86,6 +86,18 @@ def prune_model(
         config.fisher = False
     plan = make_plan(model, config)
     ranks.check_devices(execution_device(linear.module) for block in plan.blocks for linear in block.linears)
+    linears = {name for name, module in model.named_modules() if is_linear(module)}
+
+    def as_stored(layers: list[LayerReport]) -> SparsityConfig:
+        """The config of a checkpoint: data is described, and linears that could not be pruned are dense by name."""
+        stored = copy.copy(config)
+        stored.dataset = described
+        left_out = [layer.name for layer in layers if layer.skipped is not None and layer.name in linears]
+        stored.layers = config.layers | {
+            name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)
+        }
+        return stored
+
     report = PruningReport(method=name, base_model=_hub_id(model))
     if kept is None:
         kept = _computed if journal is None else journal.kept
@@ -140,8 +152,7 @@ def prune_model(
             def finished(index: int, found: list[LayerReport]) -> None:
                 assert journal is not None
                 assert save_block is not None
-                layers = plan.skipped + journal.layers + found
-                shards = save_block(plan.blocks[index], _as_stored(model, config, described, layers))
+                shards = save_block(plan.blocks[index], as_stored(plan.skipped + found))
                 seconds = report.seconds | {"pruning": before.get("pruning", 0.0) + time.perf_counter() - started}
                 journal.end_block(found, shards, calls, seconds)
 
@@ -168,7 +179,7 @@ def prune_model(
     layers += plan.skipped
     order = {name: number for number, name in enumerate(module_names(model))}
     report.layers = sorted(layers, key=lambda layer: order[layer.name])
-    return _as_stored(model, config, described, layers), report
+    return as_stored(layers), report
 
 
 def _hub_id(model: PreTrainedModel) -> str:
@@ -203,20 +214,6 @@ def _digest(model: PreTrainedModel) -> str:
 def _digest_of(batches: list[dict[str, Tensor]]) -> str:
     content = [(name, tensor.tolist()) for batch in batches for name, tensor in sorted(batch.items())]
     return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
-def _as_stored(
-    model: PreTrainedModel, config: SparsityConfig, described: str, layers: list[LayerReport]
-) -> SparsityConfig:
-    """The config of a checkpoint: data is described, and linears that could not be pruned are dense by name."""
-    stored = copy.copy(config)
-    stored.dataset = described
-    linears = {name for name, module in model.named_modules() if is_linear(module)}
-    left_out = [layer.name for layer in layers if layer.skipped is not None and layer.name in linears]
-    stored.layers = config.layers | {
-        name: DENSE for name in map(full_name(model), left_out) if not isinstance(config.pattern_for(name), str)
-    }
-    return stored
 
 
 def measures_layers(config: SparsityConfig) -> bool:

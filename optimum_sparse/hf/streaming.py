@@ -6,6 +6,7 @@ block goes. `Journal` keeps what a later run needs to go on.
 """
 
 import contextlib
+import copy
 import ctypes
 import hashlib
 import json
@@ -206,8 +207,10 @@ def _prune(
     def save_block(block: Block, stored: SparsityConfig) -> list[str]:
         shards: list[str] = []
         if ranks.rank() == 0:
-            SparsityQuantizer.attach(model, stored, None, lambda name: name.startswith(f"{block.name}."))
-            shards = _save_part(model, journal, block.name, max_shard_size)
+            alone = _only(model, block.name.split("."))
+            stored.block_name = prefix  # a list of one block is harder to find
+            SparsityQuantizer.attach(alone, stored, None, lambda name: name.startswith(f"{block.name}."))
+            shards = _save_part(alone, journal, block.name, max_shard_size)
         _trim()
         return shards
 
@@ -222,6 +225,17 @@ def _prune(
         name_shards(journal.checkpoint, shards, model)
         write_report(journal.checkpoint, report)
         write_card(journal.checkpoint, model, report)
+
+
+def _only(module: Any, path: list[str]) -> Any:
+    """The module as if its only block were that at `path`: transformers walks a whole model ten times to save it, and
+    would once for each block. All but the modules on the path are the same objects."""
+    if not path:
+        return module
+    child = _only(module.get_submodule(path[0]), path[1:])
+    alone = copy.copy(module)
+    alone._modules = ({} if isinstance(module, nn.ModuleList) else module._modules) | {path[0]: child}
+    return alone
 
 
 def _save_part(model: PreTrainedModel, journal: Journal, name: str, max_shard_size: int | str) -> list[str]:

@@ -1,8 +1,10 @@
 """From disk to disk: the bits of the run in memory, one block at a time, whatever happens on the way."""
 
 import copy
+import cProfile
 import json
 import os
+import pstats
 import re
 import shutil
 import time
@@ -154,18 +156,23 @@ def test_a_sparse_checkpoint_is_pruned_again(source, tmp_path):
 
 def test_one_block_in_memory(source, tmp_path, monkeypatch):
     """Counted when it is saved, which is when most is there; and the gradients' pass keeps block inputs in files."""
-    present, written = [], []
-    save, write = streaming._save_part, Stored.write.__func__
+    present, written, loaded = [], [], []
+    load, save, write = streaming._load, streaming._save_part, Stored.write.__func__
+
+    def remembering(*args):
+        loaded.append(load(*args))
+        return loaded[0]
 
     def counting(model, journal, name, size):
-        blocks = [block for block in model.model.layers if not block.mlp.up_proj.weight.is_meta]
-        present.append([list(model.model.layers).index(block) for block in blocks])
+        blocks = enumerate(loaded[0].model.layers)
+        present.append([number for number, block in blocks if not block.mlp.up_proj.weight.is_meta])
         return save(model, journal, name, size)
 
     def noting(cls, x, folder):
         written.append(folder.name)
         return write(cls, x, folder)
 
+    monkeypatch.setattr(streaming, "_load", remembering)
     monkeypatch.setattr(streaming, "_save_part", counting)
     monkeypatch.setattr(Stored, "write", classmethod(noting))
     Pruner.from_pretrained(source).prune_to_disk(make_config("sparsegpt"), tmp_path / "out")
@@ -631,3 +638,15 @@ def test_a_link_to_nothing_is_refused_before_any_work(source, tmp_path, monkeypa
     (tmp_path / "out").symlink_to(tmp_path / "nowhere" / "else")
     with pytest.raises(FileExistsError, match="is a link to nothing"):
         Pruner.from_pretrained(source).prune_to_disk(make_config("sparsegpt"), tmp_path / "out")
+
+
+def test_a_block_costs_as_many_calls_in_a_deep_model(tmp_path):
+    """transformers walks a whole model to save it: that must not be once for each block."""
+    calls = {}
+    for blocks in (2, 4, 8, 24):  # the first has calls of its own: imports, say
+        dense, output = tmp_path / f"{blocks}", tmp_path / f"{blocks}-out"
+        make_model("llama", num_hidden_layers=blocks).save_pretrained(dense)
+        with cProfile.Profile() as profile:
+            Pruner.from_pretrained(dense).prune_to_disk(make_config("magnitude"), output)
+        calls[blocks] = pstats.Stats(profile).total_calls
+    assert (calls[24] - calls[8]) / 16 < 1.1 * (calls[8] - calls[4]) / 4
