@@ -590,6 +590,11 @@ def test_a_failure_while_pruning_leaves_nothing(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="token ids go from"):
         pruner.prune_to_disk(make_config("wanda", dataset=torch.full((6, 24), 900)), tmp_path / "output")
     assert not list(tmp_path.iterdir())
+    some = dict(dataset=torch.zeros(2, 8, dtype=torch.int64), num_samples=2, sequence_length=8)
+    with pytest.raises(ValueError, match=r"damping=0\.01 works"):  # after sensitivities, which are kept otherwise
+        pruner.prune_to_disk(make_config(fisher=True, damping=0, **some), tmp_path / "output")
+    assert not list(tmp_path.iterdir())
+    pruner.prune_to_disk(make_config(fisher=True, damping=0.01, **some), tmp_path / "output")
 
 
 # ---- what cannot be done is refused, or turned off and said

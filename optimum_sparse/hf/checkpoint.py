@@ -81,10 +81,12 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises OSError for what safetensors and torch raise when a disk is full."""
+    """Raises an OSError that names the file for what is raised when a disk is full, by safetensors and torch too."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
         free = shutil.disk_usage(path if path.exists() else path.parent).free
         raise OSError(f"{path} could not be written, where {free:,} bytes are free: {error}") from error
 

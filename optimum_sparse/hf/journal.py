@@ -206,17 +206,19 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
 
-    def fail(self) -> str | None:
+    def fail(self, error: BaseException) -> str | None:
         """After an error: how to go on; None, and no trace is left, if there is nothing worth it."""
-        if self.start == 0 and not {path.stem for path in self._state.glob("*.pt")} - {"tokens"}:
+        begun = {path.stem for path in self._state.glob("*.pt")} - {"tokens"}
+        if self.start == 0 and (not begun or isinstance(error, ValueError)):  # which the same run would come to again
             shutil.rmtree(self._own, ignore_errors=True)
             return None
         shutil.rmtree(self.scratch, ignore_errors=True)
         if ranks.rank() > 0:
             return None
+        done = "1 block is" if self.start == 1 else f"{self.start} blocks are"
         return (
-            f"{self.start} blocks are done: run the same again to go on; to run it with any change, first remove "
-            f"{self.folder}."
+            f"{done} done, and kept in {self.folder}: the same run goes on from there; before one with any change, "
+            "remove that folder."
         )
 
     def publish(self) -> None:

@@ -75,8 +75,11 @@ def stream(
         settings = {name: value for name, value in loading.items() if name not in (*hub, "config")}
         settings |= {"max_shard_size": max_shard_size, "processes": ranks.world()}
         settings["device"] = str(device) if ranks.world() == 1 else device.type  # each process has a GPU of its own
+        recipe = config.to_dict()
+        if _is_file(config.dataset):
+            recipe["dataset"] = os.path.abspath(config.dataset)  # whatever folder the command is repeated in
         manifest = {
-            "recipe": config.to_dict(),
+            "recipe": recipe,
             "model": {
                 "config": json.loads(model_config.to_json_string(use_diff=False)),
                 "commit": getattr(model_config, "_commit_hash", None),  # on the hub; it is in no JSON
@@ -105,8 +108,8 @@ def stream(
                     offloaded = journal.scratch / "offload"
                     model = _load(source, model_config, config.block_name, str(device), offloaded, loading)
                 _prune(model, config, tokenizer, journal, max_shard_size)
-            except BaseException:
-                remains = journal.fail()
+            except BaseException as error:
+                remains = journal.fail(error)
                 if remains is not None:
                     logger.warning(remains)
                 raise
@@ -140,8 +143,11 @@ def _files(source: str | os.PathLike, hub: dict[str, Any]) -> dict[str, str] | N
 
 def _data_file(dataset: Any) -> str | None:
     """What the calibration data is, if it is a file."""
-    is_file = isinstance(dataset, str | os.PathLike) and Path(dataset).is_file()
-    return _described(Path(dataset)) if is_file else None
+    return _described(Path(dataset)) if _is_file(dataset) else None
+
+
+def _is_file(dataset: Any) -> bool:
+    return isinstance(dataset, str | os.PathLike) and Path(dataset).is_file()
 
 
 def _described(path: Path, pieces: int = 64, piece: int = 4096) -> str:

@@ -221,7 +221,7 @@ def test_going_on_redoes_one_block(case, source, tmp_path, monkeypatch, caplog):
     in_memory(source, config, tmp_path / "saved")
     stop_at(2, source, config, output, monkeypatch)
     assert not output.exists()
-    assert "2 blocks are done: run the same again" in caplog.text
+    assert "2 blocks are done, and kept in" in caplog.text
     solved = []
     with monkeypatch.context() as patch:
         for phase in ("fisher", "allocate", "token_batches"):
@@ -348,6 +348,24 @@ def test_another_recipe_or_model_does_not_go_on(change, message, source, tmp_pat
         Pruner.from_pretrained(source, **loading).prune_to_disk(config, tmp_path / "out")
     assert "remove that folder to begin again" in str(caught.value)
     assert files_of(tmp_path) == before
+
+
+def test_the_same_file_by_another_name_is_the_same_data(tiny_llama, text, tmp_path, monkeypatch):
+    def config(path) -> SparsityConfig:
+        return make_config("wanda", dataset=str(path), num_samples=2, sequence_length=8)
+
+    stop_at(1, tiny_llama, config(text), tmp_path / "out", monkeypatch)
+    monkeypatch.chdir(text.parent)
+    Pruner.from_pretrained(tiny_llama).prune_to_disk(config(text.name), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_full_disk_is_named_with_the_file():
+    with (
+        pytest.raises(OSError, match=r"/dev/full could not be written, where [\d,]+ bytes are free.*No space left"),
+        checkpoint.writing(Path("/dev/full")),
+    ):
+        Path("/dev/full").write_text("x")
 
 
 @pytest.mark.parametrize(
