@@ -113,6 +113,7 @@ void dot_portable(Rows<T, R> w, const float* x, int64_t stride, float (*out)[R])
 struct Shuffles {  // for each byte of a mask: where its columns' values are among the next eight, as 16- and 32-bit lanes
   alignas(16) uint8_t halves[256][16];
   alignas(32) int32_t words[256][8];
+  alignas(16) uint8_t columns[256][16] = {};  // and the other way: which columns the next values are from, as 16-bit lanes
   Shuffles() {
     for (int byte = 0; byte < 256; byte++)
       for (int column = 0, next = 0; column < 8; column++) {
@@ -120,6 +121,7 @@ struct Shuffles {  // for each byte of a mask: where its columns' values are amo
         halves[byte][2 * column] = kept ? 2 * next : 0x80;  // 0x80: a zero
         halves[byte][2 * column + 1] = kept ? 2 * next + 1 : 0x80;
         words[byte][column] = kept ? next : -1;
+        if (kept) columns[byte][2 * next] = 2 * column, columns[byte][2 * next + 1] = 2 * column + 1;
         next += kept;
       }
   }
@@ -474,6 +476,30 @@ void expand(int level, const Matrix<T>& w, T* dense) {
 #ifdef X86
 
 // Of the first columns of a row, 32 at a time; returns how many.
+AVX2 inline int64_t nonzero_bits_avx2(const uint16_t* w, int64_t columns, uint8_t* mask) {
+  const __m256i no_sign = _mm256_set1_epi16(0x7fff), zero = _mm256_setzero_si256();
+  int64_t column = 0;
+  for (; column + 32 <= columns; column += 32) {
+    const __m256i* here = (const __m256i*)(w + column);
+    const __m256i first = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_loadu_si256(here), no_sign), zero);
+    const __m256i second = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_loadu_si256(here + 1), no_sign), zero);
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xd8);  // which takes them by quarters
+    const uint32_t bits = ~(uint32_t)_mm256_movemask_epi8(both);
+    std::memcpy(mask + column / 8, &bits, 4);
+  }
+  return column;
+}
+// Also moves `to`, whose room ends at `end`: other threads write behind that.
+AVX2 inline int64_t take_kept_avx2(const uint16_t* w, int64_t columns, const uint8_t* mask, uint16_t*& to, uint16_t* end) {
+  int64_t column = 0;
+  for (; column + 8 <= columns && end - to >= 8; column += 8) {
+    const int byte = mask[column / 8];
+    const __m128i from = _mm_load_si128((const __m128i*)shuffles.columns[byte]);
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(w + column)), from));
+    to += std::popcount((unsigned)byte);
+  }
+  return column;
+}
 AVX512 inline int64_t nonzero_bits_avx512(const uint16_t* w, int64_t columns, uint8_t* mask) {
   int64_t column = 0;
   for (; column + 32 <= columns; column += 32) {
@@ -508,6 +534,7 @@ int64_t nonzero_bits(int level, const U* w, int64_t columns, uint8_t* mask) {
 #ifdef X86
   if constexpr (sizeof(U) == 2)
     if (level >= VIA_AVX512) done = nonzero_bits_avx512(w, columns, mask);
+    else if (level >= VIA_AVX2) done = nonzero_bits_avx2(w, columns, mask);
 #endif
   for (int64_t byte = done / 8; byte < bytes; byte++) {
     const U* here = w + 8 * byte;
@@ -530,6 +557,7 @@ void take_kept(int level, const U* w, int64_t columns, const uint8_t* mask, U* t
 #ifdef X86
   if constexpr (sizeof(U) == 2)
     if (level >= VIA_AVX512) done = take_kept_avx512(w, columns, mask, to, end);
+    else if (level >= VIA_AVX2) done = take_kept_avx2(w, columns, mask, to, end);
 #endif
   for (int64_t byte = done / 8; byte < bytes; byte += 8)
     for (uint64_t bits = word(mask + byte, bytes - byte); bits; bits &= bits - 1)
