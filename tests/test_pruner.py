@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import types
 import warnings
 from functools import partial
@@ -440,10 +441,35 @@ def test_a_layer_that_no_token_reaches_stays_dense(method, run_compressed, tmp_p
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named_whatever_reads_them(name, method, tmp_path):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[3] = torch.inf
+    model.save_pretrained(tmp_path / "damaged")
+    before = weights_of(model)
+    message = re.escape(f"{name} holds NaN or infinity: the checkpoint is damaged")
+    with pytest.raises(ValueError, match=message):
+        Pruner.from_pretrained(model).prune(make_config(method))
+    assert_same_weights(model, before)
+    with pytest.raises(ValueError, match=message):
+        Pruner.from_pretrained(tmp_path / "damaged").prune_to_disk(make_config(method), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_inputs_that_are_not_finite_are_refused_with_the_layers_name(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    with torch.no_grad():
-        model.model.layers[1].input_layernorm.weight[3] = torch.nan
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda module, args, output: output * torch.nan)
     with pytest.raises(ValueError, match=r"the inputs of model\.layers\.1\.self_attn\.q_proj hold NaN"):
         Pruner.from_pretrained(model).prune(make_config("wanda"))
 

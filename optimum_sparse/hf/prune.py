@@ -23,7 +23,7 @@ from ..config import DENSE, QUANT_METHOD, SparsityConfig, describe_dataset, is_t
 from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
-from ..pipeline import Arguments, Block, Calls, Objective, Reconstruction, Sensitivity, prune_blocks
+from ..pipeline import Arguments, Block, Calls, Objective, Reconstruction, Sensitivity, check_finite, prune_blocks
 from ..report import LayerReport, PruningReport
 from .blocks import full_name, is_linear, make_plan, module_names, record_calls
 from .journal import Journal
@@ -65,6 +65,7 @@ def prune_model(
         OtherProcessFailed: an error in another process.
     """
     _check(model)
+    check_finite(model)  # before the first block is pruned; offloaded ones when their turn comes
     # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
     data = config.dataset if dataset is None else dataset
     described = describe_dataset(data)

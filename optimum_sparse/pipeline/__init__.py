@@ -1,7 +1,18 @@
 """The only loop over decoder blocks, and what it does in each."""
 
 from .loop import Objective, prune_blocks
-from .parts import SMALLER, Arguments, Block, Calls, Linear, Sensitivity, Tensors, is_out_of_memory, not_finite
+from .parts import (
+    SMALLER,
+    Arguments,
+    Block,
+    Calls,
+    Linear,
+    Sensitivity,
+    Tensors,
+    check_finite,
+    is_out_of_memory,
+    not_finite,
+)
 from .reconstruct import Reconstruction
 
 
@@ -15,6 +26,7 @@ __all__ = [
     "Reconstruction",
     "Sensitivity",
     "Tensors",
+    "check_finite",
     "is_out_of_memory",
     "not_finite",
     "prune_blocks",

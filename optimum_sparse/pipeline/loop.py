@@ -24,7 +24,7 @@ from ..kernels.precision import fast_forward, full_fp32
 from ..methods import Method
 from ..report import LayerReport
 from .observe import Evidence, Layouts, collect, token_weights
-from .parts import Block, Calls, Linear, Sensitivity, Tensors, all_finite, dense_weights, not_finite
+from .parts import Block, Calls, Linear, Sensitivity, Tensors, all_finite, check_finite, dense_weights, not_finite
 from .reconstruct import Reconstruction, reconstruct
 
 
@@ -113,6 +113,7 @@ def prune_blocks(
         )
         for index, block in enumerate(progress, start):
             with onload(block.module):
+                check_finite(block.module, block.name)
                 dense = [linear.weight.data for linear in block.linears]
                 found, keeps = _prune_block(block, index, calls, layouts, method, objective, dense)
                 reports += found
@@ -230,8 +231,6 @@ def _prune_linear(
     weight = linear.read()
     stats = None if evidence is None else evidence.stats
     report = LayerReport(linear.name, list(weight.shape))
-    if not all_finite(weight):
-        raise ValueError(f"the weight of {linear.name} holds NaN or infinity: the checkpoint is damaged.")
     if method.needs > Needs.NOTHING:
         if stats is None or stats.tokens == 0:
             report.skipped = "no calibration token reached it"

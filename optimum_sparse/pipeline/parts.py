@@ -25,6 +25,13 @@ def all_finite(x: Tensor) -> bool:
     return bool(torch.stack(x.aminmax()).isfinite().all())
 
 
+def check_finite(module: nn.Module, name: str = "") -> None:
+    """Raise ValueError if a parameter holds NaN or infinity. Those that are offloaded are passed over."""
+    for path, parameter in module.named_parameters(name):
+        if not parameter.is_meta and parameter.numel() and not all_finite(parameter.detach()):
+            raise ValueError(f"{path} holds NaN or infinity: the checkpoint is damaged.")
+
+
 @dataclass(frozen=True)
 class Linear:
     """One matrix to prune: a module whose `weight` is [out, in], or [in, out] if `transposed` (Conv1D).
