@@ -150,9 +150,12 @@ AVX2 inline float sum8(__m256 x) {
 
 template <class T, int M, int R>
 AVX2 void dot_avx2(Rows<T, R> w, const float* x, int64_t stride, float (*out)[R]) {
-  __m256 sum[M][R];
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) sum[m][r] = _mm256_setzero_ps();
+  // Sums of a row and a token that take turns: an addition waits some cycles for the one before.
+  constexpr int SUMS = M * R == 1 ? 4 : M * R <= 4 ? 2 : 1;
+  __m256 sum[M][R][SUMS];
+  for (auto& of_token : sum)
+    for (auto& of_row : of_token)
+      for (__m256& one : of_row) one = _mm256_setzero_ps();
   for (int64_t byte = 0; byte < w.bytes; byte += 8) {
     uint64_t bits[R];
     for (int r = 0; r < R; r++) {
@@ -169,12 +172,18 @@ AVX2 void dot_avx2(Rows<T, R> w, const float* x, int64_t stride, float (*out)[R]
       }
       for (int m = 0; m < M; m++) {
         const __m256 at = _mm256_loadu_ps(x + m * stride + 8 * (byte + part));
-        for (int r = 0; r < R; r++) sum[m][r] = _mm256_fmadd_ps(at, dense[r], sum[m][r]);
+        for (int r = 0; r < R; r++) {
+          __m256& own = sum[m][r][part % SUMS];
+          own = _mm256_fmadd_ps(at, dense[r], own);
+        }
       }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) out[m][r] = sum8(sum[m][r]);
+    for (int r = 0; r < R; r++) {
+      for (int i = 1; i < SUMS; i++) sum[m][r][0] = _mm256_add_ps(sum[m][r][0], sum[m][r][i]);
+      out[m][r] = sum8(sum[m][r][0]);
+    }
 }
 
 // Loads of values. Compilers would make load and expansion one instruction, which AMD's Zen 4 executes ten times slower.
@@ -204,7 +213,6 @@ AVX512 inline void expand32(const T* values, uint32_t bits, __m512& low, __m512&
   high = widened(_mm512_extracti64x4_epi64(dense, 1), T{});
 }
 
-// Sums of a row and a token that take turns: an addition waits some cycles for the one before.
 constexpr int sums(int pairs) { return pairs <= 4 ? 2 : 1; }
 template <int N>
 AVX512 inline float total(const __m512 (&sum)[N]) {

@@ -30,8 +30,10 @@ PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
 # from so many on. By the tables in README.md.
 DENSE_AFTER = {"pairs": 64, "even": 32, "uneven": 4}
 SEMI_STRUCTURED_FROM = 768
-# Up to here reading less memory wins on a CPU, beyond it dense products do: sooner with AMX, which is their best.
+# Up to here reading less memory wins on a CPU, beyond it dense products do: sooner with AMX, which is their best, and
+# later where a CPU has none of 16 bits.
 CPU_TOKENS = 8 if torch.cpu.get_capabilities().get("amx_bf16", False) else 16
+CPU_TOKENS_WIDE = 64
 SLAB = 2**22  # weights that are expanded at a time on the CPU: they stay in its cache
 
 
@@ -40,6 +42,9 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
+
+
+_DENSE = Choice("dense", "the dense weight is there, and nothing that reads the compressed one is faster")
 
 
 def select(
@@ -56,30 +61,27 @@ def select(
         beside_dense: the dense weight is in memory, too.
     """
     out_features, in_features = shape
-    dense = Choice("dense", "the dense weight is there, and nothing that reads the compressed one is faster")
     if device.type == "cuda":
         problem = cuda.refuses(device, dtype, in_features)
         even = slots.even_slots(pattern, in_features)
         if not problem and not even and in_features > slots.MOST_COLUMNS:
             problem = f"more than {slots.MOST_COLUMNS} inputs"
         if problem:
-            return dense if beside_dense else Choice("reference", problem)
+            return _DENSE if beside_dense else Choice("reference", problem)
         pairs = _are_pairs(pattern, even)
         layout = cuda.Layout(dtype, out_features, in_features, even or 16, pairs, not even)
         semi_structured = pairs and cusparselt.usable(_index(device), dtype, *shape)
         chosen = _choose(layout, tokens, _index(device), semi_structured, beside_dense)
         if chosen == "dense":
-            return dense
+            return _DENSE
         if chosen == "cusparselt":
             return Choice(chosen, "2:4 and many tokens: sparse tensor cores")
         if chosen == "expand":
             return Choice(chosen, "the weight is expanded, then cuBLAS: nothing that reads it compressed is faster")
         return Choice(chosen.kernel.split("<")[0], "reads the compressed weight alone")
     if device.type == "cpu":
-        choice = _select_cpu(dtype, tokens)
-    else:
-        choice = Choice("reference", f"there is no kernel for {device.type} yet")
-    return dense if beside_dense and choice.backend != "cpu" else choice
+        return _select_cpu(dtype, tokens, beside_dense)
+    return _DENSE if beside_dense else Choice("reference", f"there is no kernel for {device.type} yet")
 
 
 def _choose(
@@ -93,15 +95,28 @@ def _choose(
     return launch or ("cusparselt" if semi_structured and tokens else "dense" if beside_dense else "expand")
 
 
-def _select_cpu(dtype: torch.dtype, tokens: int) -> Choice:
+def _select_cpu(dtype: torch.dtype, tokens: int, beside_dense: bool) -> Choice:
     if dtype not in cpu.TYPES:
-        return Choice("reference", f"the CPU kernel does not take {dtype}")
+        return _DENSE if beside_dense else Choice("reference", f"the CPU kernel does not take {dtype}")
     if cpu.library() is None:
-        return Choice("reference", "the CPU kernel was not built")
-    if tokens > CPU_TOKENS:
-        return Choice("expand", f"more than {CPU_TOKENS} tokens: dense products, of some expanded rows at a time")
-    return Choice(
-        "cpu", f"{cpu.LEVELS[cpu.best_level()]}, up to {CPU_TOKENS} tokens: reads the compressed weight alone"
+        return _DENSE if beside_dense else Choice("reference", "the CPU kernel was not built")
+    wide = _is_widened(dtype)
+    most = CPU_TOKENS_WIDE if wide else CPU_TOKENS
+    if tokens <= most:
+        return Choice("cpu", f"{cpu.LEVELS[cpu.best_level()]}, up to {most} tokens: reads the compressed weight alone")
+    if beside_dense and not wide:
+        return _DENSE
+    products = f"fp32 products, since PyTorch has none of {dtype} for this CPU," if wide else "dense products,"
+    return Choice("expand", f"more than {most} tokens: {products} of some expanded rows at a time")
+
+
+@functools.cache
+def _is_widened(dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies matrices of this type number by number on this CPU, which takes four times as long as
+    in fp32. oneDNN multiplies the others."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return supported is not None and not (
+        torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)()
     )
 
 
@@ -219,23 +234,29 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     weight, weight_mask, weight_rows, in_features = matrix[:4]
     if not weight_mask.numel() or weight.dim() == 3:
         return reference(x, *args)
-    backend = _select_cpu(weight.dtype, x.numel() // in_features).backend
-    if backend == "reference" or (backend == "expand" and matrix.dense is not None):
+    backend = _select_cpu(weight.dtype, x.numel() // in_features, matrix.dense is not None).backend
+    if backend in ("reference", "dense"):
         return reference(x, *args)
     if backend == "cpu":
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
     slab = min(max(1, SLAB // in_features), len(weight_mask))
+    dtype, wide = x.dtype, _is_widened(x.dtype)
     # One room for all: new memory takes longer to get than to fill. Where gradients are wanted, products keep theirs.
     keeps = torch.is_grad_enabled() and x.requires_grad
     room = None if keeps else x.new_empty(slab, in_features)
+    wide_room = torch.empty(slab if wide and not keeps else 0, in_features)
+    if wide:
+        x, bias = x.float(), None if bias is None else bias.float()
     parts = []
     for first in range(0, len(weight_mask), slab):
         here = slice(first, first + slab)
         starts = None if weight_rows is None else weight_rows[first : first + slab + 1]  # counted from the very first
         values = weight[here] if starts is None else weight
         dense = cpu.expand(values, weight_mask[here], starts, in_features, cpu.best_level(), room)
-        parts.append(F.linear(x, dense, None if bias is None else bias[here]))
+        if wide:
+            dense = dense.float() if keeps else wide_room[: len(dense)].copy_(dense)
+        parts.append(F.linear(x, dense, None if bias is None else bias[here]).to(dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

@@ -8,7 +8,7 @@ import torch
 from optimum_sparse.cli import main
 from optimum_sparse.core import NM, Unstructured
 from optimum_sparse.evaluation import measure_speed, speed
-from optimum_sparse.kernels.linear import CPU_TOKENS
+from optimum_sparse.kernels.linear import CPU_TOKENS_WIDE
 from optimum_sparse.nn import SparseLinear
 
 
@@ -20,8 +20,8 @@ def _small(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.7)], ids=str)
 def test_every_field(pattern, dtype):
-    few, many = measure_speed((64, 128), [1, CPU_TOKENS + 1], pattern, dtype, budget=0.01)
-    for found, tokens in ((few, 1), (many, CPU_TOKENS + 1)):
+    few, many = measure_speed((64, 128), [1, CPU_TOKENS_WIDE + 1], pattern, dtype, budget=0.01)
+    for found, tokens in ((few, 1), (many, CPU_TOKENS_WIDE + 1)):
         assert (found.shape, found.tokens) == ((64, 128), tokens)
         times = [found.dense, found.sparse, found.dense_eager, found.sparse_eager, found.ceiling]
         assert all(math.isfinite(number) and number > 0 for number in times)

@@ -14,7 +14,7 @@ from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask
 from optimum_sparse.kernels import cpu
 from optimum_sparse.kernels import linear as linear_module
-from optimum_sparse.kernels.linear import CPU_TOKENS, expand, linear, reference, select
+from optimum_sparse.kernels.linear import CPU_TOKENS, CPU_TOKENS_WIDE, expand, linear, reference, select
 
 
 PATTERNS = [NM(2, 4), NM(16, 32), NM(3, 5), NM(1, 8), Unstructured(0.5), Unstructured(0.9), Unstructured(0)]
@@ -181,14 +181,24 @@ def test_any_shape(pattern: Pattern, shape: tuple[int, ...]):
 
 @needs_kernel
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_many_tokens_by_some_rows_at_a_time(pattern: Pattern, biased: bool, monkeypatch: pytest.MonkeyPatch):
-    """Each in the memory of those before; the last are fewer."""
+def test_many_tokens_by_some_rows_at_a_time(
+    pattern: Pattern, dtype: torch.dtype, wide: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Each in the memory of those before; the last are fewer. In fp32 where PyTorch has no products of 16 bits."""
     monkeypatch.setattr(linear_module, "SLAB", 8 * 160)
-    weight, bias = matrix(pattern, (37, 160), torch.float32), random_weight(1, 37)[0] if biased else None
-    x = random_weight(CPU_TOKENS + 5, 160)
-    y = linear(x, *tensors(weight, pattern), 160, bias)
-    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    monkeypatch.setattr(linear_module, "_is_widened", lambda dtype: wide and dtype != torch.float32)
+    weight, bias = matrix(pattern, (37, 160), dtype), random_weight(1, 37)[0].to(dtype) if biased else None
+    for requires_grad in (False, True):
+        x = random_weight(CPU_TOKENS_WIDE + 5, 160).to(dtype).requires_grad_(requires_grad)
+        y = linear(x, *tensors(weight, pattern), 160, bias)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, F.linear(x, weight, bias))
+        if requires_grad:
+            y.sum().backward()
+            torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
 
 
 @needs_kernel
@@ -353,24 +363,28 @@ def test_bad_inputs_are_named():
         reference(torch.randn(2, 40, device="meta"), *packed, 40, bias)
 
 
-def test_select_says_what_runs_and_why():
-    for tokens in (1, CPU_TOKENS, CPU_TOKENS + 1):
+@pytest.mark.parametrize("wide", [False, True])
+def test_select_says_what_runs_and_why(wide: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear_module, "_is_widened", lambda dtype: wide)
+    most = CPU_TOKENS_WIDE if wide else CPU_TOKENS
+    for tokens in (1, most, most + 1):
         choice = select(torch.device("cpu"), torch.bfloat16, NM(2, 4), (64, 64), tokens)
         if not BUILT:
             assert choice == ("reference", "the CPU kernel was not built")
         else:
-            assert choice.backend == ("cpu" if tokens <= CPU_TOKENS else "expand")
-            assert str(CPU_TOKENS) in choice.reason
+            assert choice.backend == ("cpu" if tokens <= most else "expand")
+            assert str(most) in choice.reason
+            assert ("fp32" in choice.reason) == (wide and tokens > most)
     assert select(torch.device("cpu"), torch.float64, NM(2, 4), (64, 64), 1).backend == "reference"
     assert (
         select(torch.device("meta"), torch.float32, NM(2, 4), (64, 64), 1).reason == "there is no kernel for meta yet"
     )
-    for tokens in (1, CPU_TOKENS, CPU_TOKENS + 1):
+    for tokens in (1, most, most + 1):
         alone, beside = (
             select(torch.device("cpu"), torch.bfloat16, NM(2, 4), (64, 64), tokens, beside_dense)
             for beside_dense in (False, True)
         )
-        assert beside == alone if alone.backend == "cpu" else beside.backend == "dense"
+        assert beside == alone if alone.backend == "cpu" or (wide and BUILT) else beside.backend == "dense"
 
 
 def test_without_the_library_the_reference_runs_after_one_warning(monkeypatch: pytest.MonkeyPatch):
