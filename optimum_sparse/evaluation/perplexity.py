@@ -16,7 +16,7 @@ from ..calibration import called, load_documents
 from ..config import is_token_ids
 from ..hf.placement import execution_device
 from ..hf.prune import check_tokens, evaluating
-from ..kernels.precision import onednn_fp32
+from ..kernels.precision import onednn_fp32, wide_products
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def perplexity(
     device = execution_device(model.get_input_embeddings())
     started = time.perf_counter()
     losses = []
-    with evaluating(model), onednn_fp32():
+    with evaluating(model), onednn_fp32(), wide_products(model):
         for batch in tqdm(ids.split(batch_size), desc="Perplexity", unit="batch"):
             losses.append(_window_losses(model, batch.to(device)).double().cpu())
     loss = torch.cat(losses)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from ..hf.placement import execution_device
 from ..hf.prune import check_tokens, evaluating
-from ..kernels.precision import onednn_fp32
+from ..kernels.precision import onednn_fp32, wide_products
 
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -207,7 +207,7 @@ def log_likelihoods(
     greedy = torch.zeros(len(continuations), dtype=torch.bool)
     order = sorted(range(len(continuations)), key=lambda index: len(continuations[index].ids), reverse=True)
     device = execution_device(model.get_input_embeddings())
-    with evaluating(model), onednn_fp32():
+    with evaluating(model), onednn_fp32(), wide_products(model):
         for first in tqdm(range(0, len(order), batch_size), desc=description, unit="batch", leave=False):
             chosen = order[first : first + batch_size]
             width = len(continuations[chosen[0]].ids)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from .. import ranks
-from ..kernels.precision import fast_forward, replaced_forwards
+from ..kernels.precision import fast_forward, replaced_forwards, wide_products
 from ..pipeline import SMALLER, Block, Sensitivity, is_out_of_memory, not_finite
 from .placement import execution_device
 
@@ -78,7 +78,7 @@ def fisher(
         return watch
 
     def differentiate(part: dict[str, Tensor], seeds: range) -> None:
-        with torch.enable_grad(), fast_forward(torch.empty(0, dtype=model.dtype, device=device)):
+        with torch.enable_grad(), fast_forward(torch.empty(0, dtype=model.dtype, device=device)), wide_products(model):
             logits = model(**part, use_cache=False).logits[:, :-1].flatten(0, 1)
         mask = part["attention_mask"].bool() if "attention_mask" in part else None
         real = None if mask is None else (mask[:, 1:] & mask[:, :-1]).flatten()
@@ -195,7 +195,8 @@ def _recomputed(blocks: list[Block], onload: Callable, saving: Callable) -> Call
         def onloaded(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             # The second pass needs the first one's arithmetic, to the bit: a router may choose by the last of them.
-            with onload(blocks[index].module), fast_forward(hidden), _RepeatableAttention():
+            block = blocks[index].module
+            with onload(block), fast_forward(hidden), wide_products(block), _RepeatableAttention():
                 return forwards[index](*args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:

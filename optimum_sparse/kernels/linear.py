@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..core import NM, Pattern
 from ..formats import bitmask, slots
 from . import cpu, cuda, cusparselt
+from .precision import is_widened
 
 
 PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
@@ -100,7 +101,7 @@ def _select_cpu(dtype: torch.dtype, tokens: int, beside_dense: bool) -> Choice:
         return _DENSE if beside_dense else Choice("reference", f"the CPU kernel does not take {dtype}")
     if cpu.library() is None:
         return _DENSE if beside_dense else Choice("reference", "the CPU kernel was not built")
-    wide = _is_widened(dtype)
+    wide = is_widened(dtype)
     most = CPU_TOKENS_WIDE if wide else CPU_TOKENS
     if tokens <= most:
         return Choice("cpu", f"{cpu.LEVELS[cpu.best_level()]}, up to {most} tokens: reads the compressed weight alone")
@@ -108,16 +109,6 @@ def _select_cpu(dtype: torch.dtype, tokens: int, beside_dense: bool) -> Choice:
         return _DENSE
     products = f"fp32 products, since PyTorch has none of {dtype} for this CPU," if wide else "dense products,"
     return Choice("expand", f"more than {most} tokens: {products} of some expanded rows at a time")
-
-
-@functools.cache
-def _is_widened(dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies matrices of this type number by number on this CPU, which takes four times as long as
-    in fp32. oneDNN multiplies the others."""
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return supported is not None and not (
-        torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)()
-    )
 
 
 def wanted_layout(device: torch.device, dtype: torch.dtype, pattern: Pattern, shape: tuple[int, int]) -> str | None:
@@ -241,7 +232,7 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
         y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
         return y.view(*x.shape[:-1], len(weight_mask))
     slab = min(max(1, SLAB // in_features), len(weight_mask))
-    dtype, wide = x.dtype, _is_widened(x.dtype)
+    dtype, wide = x.dtype, is_widened(x.dtype)
     # One room for all: new memory takes longer to get than to fill. Where gradients are wanted, products keep theirs.
     keeps = torch.is_grad_enabled() and x.requires_grad
     room = None if keeps else x.new_empty(slab, in_features)

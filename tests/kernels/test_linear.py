@@ -189,7 +189,7 @@ def test_many_tokens_by_some_rows_at_a_time(
 ):
     """Each in the memory of those before; the last are fewer. In fp32 where PyTorch has no products of 16 bits."""
     monkeypatch.setattr(linear_module, "SLAB", 8 * 160)
-    monkeypatch.setattr(linear_module, "_is_widened", lambda dtype: wide and dtype != torch.float32)
+    monkeypatch.setattr(linear_module, "is_widened", lambda dtype: wide and dtype != torch.float32)
     weight, bias = matrix(pattern, (37, 160), dtype), random_weight(1, 37)[0].to(dtype) if biased else None
     for requires_grad in (False, True):
         x = random_weight(CPU_TOKENS_WIDE + 5, 160).to(dtype).requires_grad_(requires_grad)
@@ -365,7 +365,7 @@ def test_bad_inputs_are_named():
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_select_says_what_runs_and_why(wide: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear_module, "_is_widened", lambda dtype: wide)
+    monkeypatch.setattr(linear_module, "is_widened", lambda dtype: wide)
     most = CPU_TOKENS_WIDE if wide else CPU_TOKENS
     for tokens in (1, most, most + 1):
         choice = select(torch.device("cpu"), torch.bfloat16, NM(2, 4), (64, 64), tokens)

@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from models import logits, make_config, make_model
+from models import assert_same_weights, logits, make_config, make_model
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
@@ -108,6 +111,62 @@ def test_overlapping_uses_leave_nothing_behind():
     first, second = precision.onednn_fp32("bf16"), precision.onednn_fp32("tf32")
     assert seen_in_overlapping(first, second, lambda: matmul.fp32_precision) == ["bf16", "tf32", "tf32"]
     assert matmul.fp32_precision == before
+
+
+@pytest.fixture
+def no_16_bits(monkeypatch):
+    """As on a CPU without such products."""
+    monkeypatch.setattr(precision, "is_widened", lambda dtype: dtype in (torch.bfloat16, torch.float16))
+
+
+def test_oneDNN_multiplies_fp32_everywhere():
+    assert not precision.is_widened(torch.float32)
+    assert not precision.is_widened(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_products_in_fp32_are_rounded_once_and_end_where_they_should(kind: str, dtype: torch.dtype, no_16_bits):
+    model = make_model(kind).to(dtype)
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    wanted, seen = logits(model), []
+
+    def check(module: nn.Module, args: tuple, y: torch.Tensor) -> None:
+        seen.append(module)
+        parts = (args[0], module.weight, *([] if module.bias is None else [module.bias]))
+        assert torch.equal(y, F.linear(*(part.float() for part in parts)).to(dtype))
+
+    handles = [linear.register_forward_hook(check) for linear in linears if dtype != torch.float32]
+    with precision.wide_products(model):
+        found = logits(model)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(handles)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+    assert not any("forward" in linear.__dict__ for linear in linears)
+    assert torch.equal(logits(model), wanted)
+
+
+def test_products_in_fp32_of_weights_that_are_offloaded_and_of_gradients(no_16_bits):
+    linear, x = nn.Linear(64, 8).bfloat16(), torch.randn(5, 64).bfloat16().requires_grad_()
+    with precision.wide_products(linear):
+        wanted = linear(x)
+        wanted.sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.float().sum(0).bfloat16().expand_as(x))
+    with precision.wide_products(linear), torch.autocast("cpu", torch.float16):
+        assert linear(x).dtype == torch.float16
+    accelerate.cpu_offload(linear)
+    assert linear.weight.is_meta
+    with precision.wide_products(linear):
+        torch.testing.assert_close(linear(x), wanted)
+
+
+def test_pruning_without_16_bits_is_the_same_from_disk_to_disk(no_16_bits, tmp_path):
+    make_model("llama").bfloat16().save_pretrained(tmp_path / "dense")
+    config = make_config("sparsegpt", fisher=True)
+    Pruner.from_pretrained(tmp_path / "dense").prune_to_disk(config, tmp_path / "out")
+    wanted = Pruner.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")).prune(config)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
