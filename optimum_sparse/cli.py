@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -570,11 +571,12 @@ def _info(args: argparse.Namespace) -> None:
     print(found)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     smaller = [matrix for matrix in found.matrices if matrix.nbytes["bitmask"] < matrix.nbytes["dense"]]
-    for dtype in sorted({matrix.dtype for matrix in smaller}, key=str):
-        print(f"\ncompressed in memory, as by run_compressed=True, here ({device}, {dtype}):")
+    dtypes = sorted({matrix.dtype for matrix in smaller}, key=str)
+    for dtype, run_compressed in itertools.product(dtypes, (True, "decode")):
+        print(f"\ncompressed in memory, as by {run_compressed=}, here ({device}, {dtype}):")
         for tokens in (1, 8, 64, 512):
             layers: Counter[Choice] = Counter(
-                select(device, dtype, matrix.stored, matrix.shape, tokens)
+                select(device, dtype, matrix.stored, matrix.shape, tokens, beside_dense=run_compressed == "decode")
                 for matrix in smaller
                 if matrix.dtype == dtype
             )

@@ -26,6 +26,10 @@ class OtherProcessFailed(RuntimeError):
     """The error is another process's."""
 
 
+class OtherProcessRefused(OtherProcessFailed, ValueError):
+    """It is a ValueError there, and so one here."""
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -53,7 +57,8 @@ def together() -> Iterator[None]:
     except OtherProcessFailed:
         raise
     except Exception as error:
-        _exchange((f"{type(error).__name__}: {error}", None))
+        kind = OtherProcessRefused if isinstance(error, ValueError) else OtherProcessFailed
+        _exchange((kind(f"{type(error).__name__}: {error}"), None))
         raise
 
 
@@ -62,11 +67,11 @@ def gathered(value: T) -> list[T]:
     answers = _exchange((None, value))
     for number, (error, _) in enumerate(answers):
         if error is not None:
-            raise OtherProcessFailed(f"process {number} of {world()} failed, and so this one ends: {error}")
+            raise type(error)(f"process {number} of {world()} failed, and so this one ends: {error}")
     return [value for _, value in answers]
 
 
-def _exchange(answer: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
+def _exchange(answer: tuple[OtherProcessFailed | None, Any]) -> list[tuple[OtherProcessFailed | None, Any]]:
     answers = [answer] * world()
     if world() > 1:
         dist.all_gather_object(answers, answer)

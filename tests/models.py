@@ -89,6 +89,8 @@ SHARED = {
         ),
     )
 }
+# Some blocks with experts and some without; transformers changes names on disk.
+MIXED = {"nemotron_h": ("NemotronHConfig", dict(mamba_num_heads=4, mamba_head_dim=16))}
 EXPERTS = {
     "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": (
@@ -105,7 +107,7 @@ EXPERTS = {
 
 def make_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A random model in eval mode. Biases and norms are random too: zeros and ones would hide mistakes."""
-    kind, arguments = (ARCHITECTURES | EXPERTS | SHARED)[architecture]
+    kind, arguments = (ARCHITECTURES | EXPERTS | SHARED | MIXED)[architecture]
     config = getattr(transformers, kind)(**{**_COMMON, **arguments, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -24,6 +24,7 @@ from optimum_sparse import Pruner, SparseModelForCausalLM
 from optimum_sparse.core import Needs, Solved, keep_mask
 from optimum_sparse.hf import journal
 from optimum_sparse.kernels import precision
+from optimum_sparse.pipeline import loop
 
 
 WORLD = 2
@@ -95,7 +96,19 @@ def failures(rank: int, folder: Path, device: str) -> dict[str, Any]:
             model.model.layers[1].mlp.register_forward_pre_hook(fail)
         Pruner.from_pretrained(model).prune(make_config("wanda"))
 
+    def refused() -> None:
+        """From disk to disk, by one process only."""
+
+        def refuse(*args: Any) -> None:
+            raise ValueError("not this matrix")
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(loop, "_prune_linear", refuse)
+            to_disk(folder / "dense", folder / "refused", device)
+
     return {
+        "refused": refused,
         "solve": lambda: prune(method=FailsOnOne()),
         "forward": lambda: damaged(FloatingPointError("a broken block")),
         "memory": lambda: damaged(torch.OutOfMemoryError("no room")),

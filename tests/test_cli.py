@@ -406,7 +406,7 @@ def test_an_interrupted_run_goes_on(tiny_llama, text, tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "_save_part", full)
         assert main(prune_arguments(tiny_llama, text, tmp_path / "out")) == 1
-    assert "1 block is done, and kept in" in caplog.text
+    assert "1 block done, and kept in" in caplog.text
     assert main(prune_arguments(tiny_llama, text, tmp_path / "out", "--set", "damping=0.5")) == 1
     assert main(prune_arguments(tiny_llama, text, tmp_path / "out")) == 0
     assert "going on from block 1" in caplog.text

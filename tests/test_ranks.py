@@ -67,6 +67,7 @@ def test_without_sums_it_is_that_model_to_the_bit(together):
 @pytest.mark.parametrize(
     ("failure", "own", "others"),
     [
+        ("refused", "ValueError: not this matrix", "OtherProcessRefused: process 1 of 2 failed"),
         ("solve", "ArithmeticError: no solution here", "OtherProcessFailed: process 1 of 2 failed"),
         ("forward", "FloatingPointError: a broken block", "OtherProcessFailed: process 1 of 2 failed"),
         ("memory", "one of 2 processes cannot go on with fewer by itself: set batch_size=1", "OtherProcessFailed: "),

@@ -88,6 +88,8 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:
             raise
         free = shutil.disk_usage(path if path.exists() else path.parent).free
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, f"{error.strerror}, {free:,} bytes are free", str(path)) from error
         raise OSError(f"{path} could not be written, where {free:,} bytes are free: {error}") from error
 
 

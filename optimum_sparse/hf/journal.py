@@ -215,7 +215,7 @@ class Journal:
         shutil.rmtree(self.scratch, ignore_errors=True)
         if ranks.rank() > 0:
             return None
-        done = "1 block is" if self.start == 1 else f"{self.start} blocks are"
+        done = f"{self.start} block{'' if self.start == 1 else 's'}" if self.start else "what comes before the blocks"
         return (
             f"{done} done, and kept in {self.folder}: the same run goes on from there; before one with any change, "
             "remove that folder."

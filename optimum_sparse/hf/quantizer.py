@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
+from .. import ranks
 from ..config import SparsityConfig
 from ..core import Needs
 from ..formats import FORMATS, bitmask
@@ -158,7 +158,7 @@ class SparsityQuantizer(HfQuantizer):
             if run_compressed:
                 compress(model, config, keeps_dense=run_compressed == "decode")
         elif config.run_compressed:
-            for name in tqdm(self._plan.linears, desc="Checking compressed layers", leave=False):
+            for name in ranks.progress(self._plan.linears, desc="Checking compressed layers", leave=False):
                 module = model.get_submodule(name)
                 offloaded = module.weight_mask.is_meta  # with offload_buffers=True
                 try:
@@ -224,12 +224,7 @@ class SparsityQuantizer(HfQuantizer):
         # Names on disk depend on the whole model; once they are settled, a part's plan will do.
         plan = make_plan(model, config, strict=False, part=None if joins else self._part)
         linears = plan.linears
-        if _would_be_merged(model, plan):
-            renamings = [c for c in _conversions(model) if not isinstance(c, WeightConverter)]
-            again = names_in_model(model, renamings, model.state_dict())
-            # Where loading would rename modules too, their names on disk have to be those of before.
-            renames = any(name != again.get(name) for name in model.state_dict())
-            model._weight_conversions = renamings if renames else []
+        settle_names(model, plan)
         state = _stored_state(model) if given is None else dict(given)
         experts = plan.experts
         if self._part is not None:
@@ -442,6 +437,17 @@ def _stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
             hook.remove()
 
 
+def settle_names(model: PreTrainedModel, plan: Plan) -> None:
+    """Choose the names on disk, by the whole model: all of it is stored under those of its modules if transformers
+    would join some of the pruned weights."""
+    if _would_be_merged(model, plan):
+        renamings = [c for c in _conversions(model) if not isinstance(c, WeightConverter)]
+        again = names_in_model(model, renamings, model.state_dict())
+        # Where loading would rename modules too, their names on disk have to be those of before.
+        renames = any(name != again.get(name) for name in model.state_dict())
+        model._weight_conversions = renamings if renames else []
+
+
 def _would_be_merged(model: PreTrainedModel, plan: Plan) -> bool:
     """Whether transformers joins some of the pruned weights with others on disk, or splits them (gate and up).
 
@@ -480,7 +486,7 @@ def _check_in_memory(model: PreTrainedModel, config: SparsityConfig) -> None:
     ]
     if offloaded:
         raise ValueError(
-            f"run_compressed=True compresses weights in memory, and those of {', '.join(offloaded[:4])} are "
+            f"run_compressed= compresses weights in memory, and those of {', '.join(offloaded[:4])} are "
             "offloaded: prune without run_compressed=True and save the model; what was saved can be loaded compressed "
             "and offloaded."
         )

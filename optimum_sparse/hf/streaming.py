@@ -29,14 +29,14 @@ from .. import ranks
 from ..config import SparsityConfig
 from ..pipeline import Block
 from ..version import __version__
-from .blocks import find_blocks
+from .blocks import find_blocks, make_plan
 from .checkpoint import load_config, load_model, name_shards, read_headers, read_json, sync, write_report, writing
 from .hub import write_card
 from .integration import HUB_ARGUMENTS
 from .journal import Journal
 from .placement import usable_device
 from .prune import prune_model
-from .quantizer import SparsityQuantizer
+from .quantizer import SparsityQuantizer, settle_names
 
 
 logger = logging.getLogger(__name__)
@@ -209,6 +209,7 @@ def _prune(
     """Fill `journal.checkpoint`."""
     prefix, blocks = find_blocks(model, config.block_name)
     inside = tuple(f"{prefix}.{number}." for number in range(len(blocks)))
+    settle_names(model, make_plan(model, config, strict=False))  # which one block alone does not show
 
     def save_block(block: Block, stored: SparsityConfig) -> list[str]:
         shards: list[str] = []
@@ -240,6 +241,7 @@ def _only(module: Any, path: list[str]) -> Any:
         return module
     child = _only(module.get_submodule(path[0]), path[1:])
     alone = copy.copy(module)
+    alone._load_state_dict_pre_hooks = module._load_state_dict_pre_hooks.copy()
     alone._modules = ({} if isinstance(module, nn.ModuleList) else module._modules) | {path[0]: child}
     return alone
 

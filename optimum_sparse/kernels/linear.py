@@ -244,7 +244,11 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
         here = slice(first, first + slab)
         starts = None if weight_rows is None else weight_rows[first : first + slab + 1]  # counted from the very first
         values = weight[here] if starts is None else weight
-        dense = cpu.expand(values, weight_mask[here], starts, in_features, cpu.best_level(), room)
+        dense = (
+            cpu.expand(values, weight_mask[here], starts, in_features, cpu.best_level(), room)
+            if matrix.dense is None
+            else matrix.dense[here]
+        )
         if wide:
             dense = dense.float() if keeps else wide_room[: len(dense)].copy_(dense)
         parts.append(F.linear(x, dense, None if bias is None else bias[here]).to(dtype))
@@ -329,13 +333,16 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+_FROZEN = (
+    "a compressed weight cannot be trained: load the model without run_compressed=, or freeze it "
+    "(weight.requires_grad_(False)) and train the rest."
+)
+
+
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     matrix, _ = _split(inputs[1:])
     if matrix.weight.requires_grad:
-        raise ValueError(
-            "a compressed weight cannot be trained: load the model without run_compressed=True, or freeze it "
-            "(weight.requires_grad_(False)) and train the rest."
-        )
+        raise ValueError(_FROZEN)
     weight, weight_mask, weight_rows, ctx.in_features, ctx.group, *layout = matrix
     ctx.save_for_backward(weight, weight_mask, weight_rows, *layout)
     ctx.inputs = len(inputs)
@@ -359,6 +366,8 @@ def linear(x: Tensor, *args: Any) -> Tensor:
         ValueError: shapes, dtypes or devices do not fit, or the compressed weight itself wants a gradient.
     """
     if forward_ad._current_level >= 0:  # derivatives forwards, which PyTorch has no place for in an op like this
+        if forward_ad.unpack_dual(args[0]).tangent is not None:
+            raise ValueError(_FROZEN)
         return reference(x, *args)
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
         return _linear(x, *args)

@@ -24,8 +24,8 @@ class SparseLinear(nn.Module):
     and `unpack` moves them back when it leaves; the state dict stays the same.
 
     Attributes:
-        keeps_dense: `pack` expands the weight, too, and products that are faster with it take it. It is read-only, as
-            is the compressed one then: what is written into one of the two is not in the other.
+        keeps_dense: `pack` expands the weight, too, and products that are faster with it take it, as long as the
+            compressed one is that which was expanded.
     """
 
     weight: nn.Parameter
@@ -62,6 +62,7 @@ class SparseLinear(nn.Module):
         if not hasattr(self, "weight_rows"):
             self.register_buffer("weight_rows", None)
         self._lay()
+        self._expanded: Any = None  # `_source` of `dense`
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -103,6 +104,7 @@ class SparseLinear(nn.Module):
             self._lay(semi_structured=packed[weight.numel() :])
         if self.keeps_dense and not self.weight.is_meta:  # else it is offloaded, to save memory
             self._lay(self.overflow, self.starts, self.semi_structured, self.to_dense())
+            self._expanded = _source(self.weight, self.weight_mask)
 
     def _lay(
         self,
@@ -135,6 +137,8 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if self.dense is not None:  # what it is of may have been changed before it was copied
+            self._lay(*self._layout[:3])
         behind, weight = self.semi_structured, self.weight
         if behind is not None:  # a copy of both has copied the values twice: once by themselves, and these count
             together = behind.device == weight.device and behind.dtype == weight.dtype
@@ -145,7 +149,7 @@ class SparseLinear(nn.Module):
             if together:
                 weight.data = values
             else:
-                self._lay(dense=self.dense)
+                self._lay()
         shape = (self.out_features, self.in_features)
         if self.packed and wanted_layout(weight.device, weight.dtype, self.pattern, shape) is None:
             self.unpack()  # torch.load has brought it to another device
@@ -189,12 +193,14 @@ class SparseLinear(nn.Module):
             parameters = {"weight": self.weight, "bias": self.bias}
         weight, bias, device = parameters["weight"], parameters["bias"], x.device.type
         dense = buffers["dense"]
+        if dense is not None and not torch.compiler.is_compiling():  # which follows no pointers
+            dense = dense if _source(weight, buffers["weight_mask"]) == self._expanded else None
         if torch.is_autocast_enabled(device):
             if weight.dim() == 3 and weight.dtype != torch.get_autocast_dtype(device):  # overflow holds bits of it
-                return F.linear(x, self.to_dense(), bias)
+                return F.linear(x, self.to_dense() if dense is None else dense, bias)
             x, weight = as_multiplied(x), as_multiplied(weight)
             bias = None if bias is None else as_multiplied(bias)
-            dense = None if dense is None or dense.dtype != weight.dtype else dense
+            dense = None if dense is None else as_multiplied(dense)
         return linear(
             x,
             weight,
@@ -225,6 +231,8 @@ class SparseLinear(nn.Module):
         if moves or others:  # else tensors stay where they are: a CUDA graph may read them
             self.unpack()
         super()._apply(fn, recurse)
+        if self.dense is not None:  # of the same values, maybe elsewhere: share_memory
+            self._expanded = _source(self.weight, self.weight_mask)
         if others:
             self.checked = False
             if not self.weight.is_meta:
@@ -253,3 +261,11 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, pattern='{self.pattern}'"
+
+
+def _source(*tensors: Any) -> tuple | None:
+    """What these are, to see whether they are others later: where they lie, and how often they were written to."""
+    try:
+        return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    except RuntimeError:  # inside of a transform
+        return None

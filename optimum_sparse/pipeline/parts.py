@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 def all_finite(x: Tensor) -> bool:
     """No NaN and no infinity: both survive minimum and maximum, which take a thirtieth of the time of `isfinite`."""
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    elif x.is_floating_point() and x.itemsize == 1:
+        x = x.float()
     return bool(torch.stack(x.aminmax()).isfinite().all())
 
 

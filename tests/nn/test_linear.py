@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask, slots
 from optimum_sparse.kernels import linear as linear_kernels
-from optimum_sparse.kernels.linear import CPU_TOKENS
+from optimum_sparse.kernels.linear import CPU_TOKENS, CPU_TOKENS_WIDE
 from optimum_sparse.nn import SparseLinear
 from optimum_sparse.nn import linear as linear_module
 
@@ -78,6 +78,44 @@ def test_the_dense_weight_beside_it_is_the_same_matrix_wherever_it_goes(pattern:
     monkeypatch.setattr(linear_kernels, "expand", None)  # nothing is expanded any more
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("change", ["call", "parameter", "data", "in place", "partial", "parametrized", "tangent"])
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_the_dense_weight_of_another_matrix_is_not_taken(pattern: Pattern, change: str):
+    first, second = pruned(pattern), pruned(pattern) * 2
+    layer = SparseLinear.from_dense(first, None, pattern, keeps_dense=True)
+    state = SparseLinear.from_dense(second, None, pattern).state_dict()
+    x = torch.randn(CPU_TOKENS_WIDE + 1, 40)
+    if change == "tangent":
+        with forward_ad.dual_level():
+            weight = forward_ad.make_dual(layer.weight, torch.ones_like(layer.weight))
+            with pytest.raises(ValueError, match="a compressed weight cannot be trained"):
+                functional_call(layer, {"weight": weight}, x)
+        return
+    if change == "call":
+        assert not torch.equal(functional_call(layer, state, x), layer(x))
+        torch.testing.assert_close(functional_call(layer, state, x), F.linear(x, second))
+        assert torch.equal(layer(x), F.linear(x, first))
+        return
+    if change == "parameter":
+        layer.weight = torch.nn.Parameter(layer.weight.data * 2, requires_grad=False)
+    elif change == "data":
+        layer.weight.data = layer.weight.data * 2
+    elif change == "in place":
+        layer.weight.mul_(2)
+    elif change == "partial":
+        layer.load_state_dict({"weight": layer.weight.data * 2}, strict=False)
+    else:
+        parametrize.register_parametrization(layer, "weight", Doubled(), unsafe=True)
+    torch.testing.assert_close(layer(x), F.linear(x, 2 * first))
+    if change != "parametrized":
+        torch.testing.assert_close(copy.deepcopy(layer)(x), F.linear(x, 2 * first))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
 
 
 def test_names_of_the_state_dict():

@@ -353,6 +353,17 @@ def test_a_weight_that_is_not_finite_is_named(value: float, method):
         prune_blocks([block_of(module)], calls_of(tokens_of()), method)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int8, torch.bool])
+def test_parameters_of_other_types_are_no_hindrance(dtype: torch.dtype):
+    module = nn.Sequential(nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH))
+    module.other = nn.Parameter(torch.ones(3, 2).to(dtype), requires_grad=False)
+    prune_blocks([block_of(module)], calls_of(tokens_of()), Magnitude())
+    if dtype.is_floating_point or dtype.is_complex:
+        module.other.data[1, 1] = torch.nan
+        with pytest.raises(ValueError, match=r"block\.other holds NaN or infinity"):
+            prune_blocks([block_of(module)], calls_of(tokens_of()), Magnitude())
+
+
 def test_a_gram_matrix_without_a_factor_names_the_layer_and_the_damping():
     with pytest.raises(NotPositiveDefinite, match=r"^block\.q: the Gram matrix .* damping=0: damping=0\.01 works"):
         prune_blocks([block_of(Attention(64))], calls_of([ar_inputs(5, 64)[None]]), SparseGPT(damping=0))
