@@ -137,12 +137,13 @@ def test_saved_from_compressed_as_it_was(pattern, run_compressed, pruned, tmp_pa
 @pytest.mark.parametrize("pattern", METHODS)
 def test_logits(pattern, dtype, pruned, tokens):
     """About as far from those in fp32 as the decompressed model's, by norms; in fp32 they are those."""
-    texts = tokens[-4:, None, :200].cuda()
+    texts = tokens[-8:, None, :200].cuda()
     model = load(pruned(pattern), dtype=torch.float32)
     exact = [logits(model, text).double() for text in texts]
 
     def error(**how) -> Tensor:
-        """Over several numbers of tokens and texts (each alone varies by a factor of two); NaN if one is."""
+        """The geometric mean over several numbers of tokens and texts, of which each varies by a factor of up to
+        seven: of 64 it was 0.96 to 1.16 times that of the decompressed model. NaN if one is."""
         model = load(pruned(pattern), dtype=dtype, **how)
         assert how == {} or any(isinstance(module, SparseLinear) for module in model.modules())
         errors = [
@@ -150,7 +151,7 @@ def test_logits(pattern, dtype, pruned, tokens):
             for text, wanted in zip(texts, exact, strict=True)
             for n in (1, 4, 9, 200)
         ]
-        return torch.stack(errors).square().mean().sqrt()
+        return torch.stack(errors).log().mean().exp()
 
     for run_compressed in (True, "decode"):
         assert error(run_compressed=run_compressed) <= (2e-5 if dtype == torch.float32 else 1.5 * error())

@@ -181,10 +181,11 @@ def test_autocast_is_that_of_a_dense_layer(tokens: int):
     assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("keeps_dense", [False, True])
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
-def test_compiled_without_a_break_for_any_number_of_tokens(pattern: Pattern):
+def test_compiled_without_a_break_for_any_number_of_tokens(pattern: Pattern, keeps_dense: bool):
     weight, bias = pruned(pattern), torch.randn(7)
-    linear = SparseLinear.from_dense(weight, bias, pattern)
+    linear = SparseLinear.from_dense(weight, bias, pattern, keeps_dense)
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (1, 3, 20):
         x = torch.randn(2, tokens, 40)
