@@ -90,10 +90,10 @@ class SparseLinear(nn.Module):
 
     def pack(self) -> None:
         """Move the values to where the kernels of this device want them, if they do; expand them if `keeps_dense`."""
-        if self.packed or self.dense is not None or not self.checked or not self.weight.numel():
+        if not self.checked or not self.weight.numel():
             return
         weight, shape = self.weight, (self.out_features, self.in_features)
-        layout = wanted_layout(weight.device, weight.dtype, self.pattern, shape)
+        layout = None if self.packed else wanted_layout(weight.device, weight.dtype, self.pattern, shape)
         if layout == "slots":
             moved = slots.pack(weight.data, self.weight_mask, self.in_features)
             weight.data = moved.values
@@ -102,7 +102,7 @@ class SparseLinear(nn.Module):
             packed = cusparselt.pack(weight.data, bitmask.unpack_bits(self.weight_mask, self.in_features))
             weight.data = packed[: weight.numel()].view(weight.shape)
             self._lay(semi_structured=packed[weight.numel() :])
-        if self.keeps_dense and not self.weight.is_meta:  # else it is offloaded, to save memory
+        if self.keeps_dense and self.dense is None and not weight.is_meta:  # else it is offloaded, to save memory
             self._lay(self.overflow, self.starts, self.semi_structured, self.to_dense())
             self._expanded = _source(self.weight, self.weight_mask)
 
@@ -194,7 +194,8 @@ class SparseLinear(nn.Module):
         weight, bias, device = parameters["weight"], parameters["bias"], x.device.type
         dense = buffers["dense"]
         if dense is not None and not torch.compiler.is_compiling():  # which follows no pointers
-            dense = dense if _source(weight, buffers["weight_mask"]) == self._expanded else None
+            same = self._expanded is not None and _source(weight, buffers["weight_mask"]) == self._expanded
+            dense = dense if same else None
         if torch.is_autocast_enabled(device):
             if weight.dim() == 3 and weight.dtype != torch.get_autocast_dtype(device):  # overflow holds bits of it
                 return F.linear(x, self.to_dense() if dense is None else dense, bias)

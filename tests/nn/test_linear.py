@@ -474,6 +474,24 @@ def test_memory_that_was_not_written_yet(pattern: Pattern, first: str):
 
 
 @pytest.mark.usefixtures("packing_as_on_a_gpu")
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), Unstructured(0.5)], ids=str)
+def test_the_dense_weight_beside_packed_values_stays_when_they_are_copied_or_moved(pattern: Pattern):
+    weight = random_weight(256, 256)
+    weight = (weight * keep_mask(weight.abs(), pattern)).bfloat16()
+    layer = SparseLinear.from_dense(weight, None, pattern, keeps_dense=True)
+    for other in (
+        layer,
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        copy.deepcopy(layer).float().bfloat16(),
+    ):
+        assert other.packed == layer.packed
+        assert torch.equal(other.dense, weight)
+        assert other._expanded is not None
+        assert torch.equal(other.to_dense(), weight)
+
+
+@pytest.mark.usefixtures("packing_as_on_a_gpu")
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(16, 32), *map(Unstructured, (0.3, 0.5, 0.7))], ids=str)
 def test_growth_is_what_packing_adds(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
     """device_map="auto" plans with it."""
