@@ -235,7 +235,7 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     dtype, wide = x.dtype, is_widened(x.dtype)
     # One room for all: new memory takes longer to get than to fill. Where gradients are wanted, products keep theirs.
     keeps = torch.is_grad_enabled() and x.requires_grad
-    room = None if keeps else x.new_empty(slab, in_features)
+    room = None if keeps or matrix.dense is not None else x.new_empty(slab, in_features)
     wide_room = torch.empty(slab if wide and not keeps else 0, in_features)
     if wide:
         x, bias = x.float(), None if bias is None else bias.float()
