@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib.util
+import math
 import warnings
 
 import numpy as np
@@ -53,12 +54,13 @@ def best_level() -> int:
 def linear(
     x: Tensor, weight: Tensor, weight_mask: Tensor, weight_rows: Tensor | None, bias: Tensor | None, level: int
 ) -> Tensor:
-    """x [tokens, in] -> [tokens, out], all on the CPU and of one dtype in TYPES."""
+    """x [..., in] -> [..., out], all on the CPU and of one dtype in TYPES."""
     x = x.contiguous()
-    y = x.new_empty(len(x), len(weight_mask))
+    *sizes, in_features = x.shape
+    y = x.new_empty(*sizes, weight_mask.shape[0])
     bias = None if bias is None else bias.contiguous()
-    more = level, x.data_ptr(), len(x), None if bias is None else bias.data_ptr(), y.data_ptr()
-    _call("linear", weight, weight_mask, weight_rows, x.shape[1], *more)
+    more = level, x.data_ptr(), math.prod(sizes), None if bias is None else bias.data_ptr(), y.data_ptr()
+    _call("linear", weight, weight_mask, weight_rows, in_features, *more)
     return y
 
 
@@ -71,7 +73,7 @@ def expand(
     room: Tensor | None = None,
 ) -> Tensor:
     """The dense matrix [out, in], in the first rows of `room` [out or more, in] if that is given."""
-    rows = len(weight_mask)
+    rows = weight_mask.shape[0]
     dense = _large_pages(rows * in_features, weight).view(rows, in_features) if room is None else room[:rows]
     _call("expand", weight, weight_mask, weight_rows, in_features, level, dense.data_ptr())
     return dense
@@ -81,11 +83,12 @@ def _call(name: str, weight: Tensor, mask: Tensor, rows: Tensor | None, in_featu
     """Whatever the matrix holds, nothing outside of its tensors is read or written."""
     found = library()
     assert found is not None
+    # Of a tensor's methods, len() alone takes as long as three others: a token of a small model waits for all of this.
     weight, mask, rows = weight.contiguous(), mask.contiguous(), None if rows is None else rows.contiguous()
     matrix = TYPES[weight.dtype], weight.data_ptr(), weight.numel(), mask.data_ptr()
     starts = None if rows is None else rows.data_ptr()
     torch.get_num_threads()  # a new thread of Python's learns of torch.set_num_threads only when it asks
-    getattr(found, f"optimum_sparse_cpu_{name}")(*matrix, starts, len(mask), in_features, *more)
+    getattr(found, f"optimum_sparse_cpu_{name}")(*matrix, starts, mask.shape[0], in_features, *more)
 
 
 @bitmask.nonzeros.register_kernel("cpu")

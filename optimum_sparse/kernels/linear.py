@@ -229,8 +229,7 @@ def _linear_cpu(x: Tensor, *args: Any) -> Tensor:
     if backend in ("reference", "dense"):
         return reference(x, *args)
     if backend == "cpu":
-        y = cpu.linear(x.reshape(-1, in_features), weight, weight_mask, weight_rows, bias, cpu.best_level())
-        return y.view(*x.shape[:-1], len(weight_mask))
+        return cpu.linear(x, weight, weight_mask, weight_rows, bias, cpu.best_level())
     slab = min(max(1, SLAB // in_features), len(weight_mask))
     dtype, wide = x.dtype, is_widened(x.dtype)
     # One room for all: new memory takes longer to get than to fill. Where gradients are wanted, products keep theirs.
@@ -372,19 +371,18 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
         return _linear(x, *args)
     if _needs_no_dispatcher(x, args[0]):
-        return _linear_cuda(x, *args)
+        return _linear_cuda(x, *args) if x.is_cuda else _linear_cpu(x, *args)
     return _linear_without_gradients(x, *args)
 
 
 def _needs_no_dispatcher(x: Tensor, weight: Tensor) -> bool:
-    """Whether x is on a GPU, and none of what a dispatcher is for is there: torch.compile, modes, transforms,
-    subclasses, profilers. A token of a small model waits for the CPU, for which the dispatcher is as much work as the
-    launch."""
+    """Whether none of what a dispatcher is for is there: torch.compile, modes, transforms, subclasses, profilers. A
+    token of a small model waits for the CPU, for which the dispatcher is as much work as all else of a call."""
     return (
         not torch.compiler.is_compiling()  # first: torch.compile follows none of what asks for more
         and type(x) is Tensor
         and type(weight) in (Tensor, Parameter)
-        and x.is_cuda
+        and (x.is_cuda or x.is_cpu)
         and not x.is_neg()
         and not x._is_zerotensor()
         and not torch._C._len_torch_function_stack()

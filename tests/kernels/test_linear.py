@@ -9,6 +9,7 @@ import torch
 from helpers import random_weight
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_sparse.core import NM, Pattern, Unstructured, keep_mask
 from optimum_sparse.formats import bitmask
@@ -242,6 +243,18 @@ def test_tensors_with_gaps(tokens: int):
     assert torch.equal(expand(*strided, None, 40), weight)
 
 
+class Seen(TorchDispatchMode):
+    """The ops that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
 def test_under_tracers_and_transforms(tokens: int):
@@ -256,9 +269,18 @@ def test_under_tracers_and_transforms(tokens: int):
     torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(call)(x)(other), wanted)
     torch.testing.assert_close(torch.func.functionalize(call)(other), wanted)
     torch.testing.assert_close(torch.vmap(call)(other), wanted)
-    with torch.no_grad():
+    with torch.no_grad():  # where calls go past PyTorch's dispatcher if nothing of this is there
         torch.testing.assert_close(torch.vmap(call)(other), wanted)
         torch.testing.assert_close(torch.fx.experimental.proxy_tensor.make_fx(call)(x)(other), wanted)
+        torch.testing.assert_close(torch.jit.trace(call, (x,))(other), wanted)
+        torch.testing.assert_close(torch.func.functionalize(call)(other), wanted)
+        torch.testing.assert_close(call(torch._neg_view(other)), F.linear(-other, weight, bias))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.testing.assert_close(call(other), wanted)
+        assert "optimum_sparse::linear_without_gradients" in {event.key for event in profile.key_averages()}
+        with Seen() as mode:
+            torch.testing.assert_close(call(other), wanted)
+        assert torch.ops.optimum_sparse.linear_without_gradients.default in mode.ops
     batch = other.clone().requires_grad_()
     torch.vmap(call)(batch).sum().backward()
     torch.testing.assert_close(batch.grad, weight.sum(0).expand(tokens, 40))
