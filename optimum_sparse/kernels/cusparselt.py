@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .cuda import aligned
 
@@ -29,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 TYPES = {torch.bfloat16: 14}  # cudaDataType
 SIZES, LEAST = 64, 128  # outputs and inputs must be multiples of the one: see `usable`
-# What tokens are padded to, up to 128 and beyond. The fastest algorithms take 256 at a time: on an H200 512 tokens take
-# as long as 384 or, of 4096 x 4096 and 4096 x 11008, three quarters of that.
+# What tokens are padded to, up to 128 and beyond. The fastest algorithms take 256 at a time: on an H200 512 tokens
+# take as long as 384 or, of 4096 x 4096 and 4096 x 11008, three quarters of that.
 FEW, MANY = 64, 256
 OLDEST = 800  # the one whose header the numbers below are from
 OPAQUE = 2**14  # bytes: all of the library's structures have less, in all of its versions so far
@@ -71,7 +70,11 @@ def linear(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) ->
     in_features = x.shape[-1]
     tokens = x.numel() // in_features
     more = -tokens % (FEW if tokens <= 128 else MANY)
-    x = F.pad(x.reshape(-1, in_features), (0, 0, 0, more)) if more else aligned(x)
+    if more:  # whatever was in the room: it changes no other token
+        padded = x.new_empty(tokens + more, in_features)
+        padded[:tokens] = x.reshape(-1, in_features)
+        x = padded
+    x = aligned(x)
     shape = out_features, in_features, tokens + more
     y = x.new_empty(tokens + more, out_features)
     algorithm = _best_algorithm(x, packed, y, shape)
