@@ -28,9 +28,9 @@ from .precision import is_widened
 
 PAIRS_TOKENS = 128  # 2:4 on CUDA: beyond, sparse tensor cores
 # On CUDA, where the dense W is there, too: up to so many tokens what reads the compressed one wins, and cuSPARSELt
-# from so many on. By the tables in README.md.
+# from so many on. By the tables in tests/benchmarks/README.md.
 DENSE_AFTER = {"pairs": 64, "even": 32, "uneven": 4}
-SEMI_STRUCTURED_FROM = 768
+SEMI_STRUCTURED_FROM = 512
 # Up to here reading less memory wins on a CPU, beyond it dense products do: sooner with AMX, which is their best, and
 # later where a CPU has none of 16 bits.
 CPU_TOKENS = 8 if torch.cpu.get_capabilities().get("amx_bf16", False) else 16

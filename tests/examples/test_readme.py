@@ -1,4 +1,7 @@
-"""Every snippet and every command in the README runs, one after the other, on a tiny model and little data."""
+"""Every snippet and every command in the README runs, one after the other, on a tiny model and little data.
+
+Commands beside the measured numbers are parsed.
+"""
 
 import argparse
 import re
@@ -11,16 +14,26 @@ from optimum_sparse.cli import add_commands, main
 
 
 README = Path(__file__).parents[2] / "README.md"
+MEASURED = README.parent / "tests/benchmarks/README.md"
 TEXT = README.read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-WORDS = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", TEXT)]
-BLOCKS = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)).splitlines()
-COMMANDS = [
-    shlex.split(command[1], comments=True)
-    for line in (*BLOCKS, *WORDS)
-    if (command := re.match(r"(?:optimum-cli sparse|python -m optimum_sparse) (?!\.\.\.)(.+)", line))
+
+
+def commands(text: str) -> list[list[str]]:
+    words = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).splitlines()
+    found = (
+        re.match(r"(?:optimum-cli sparse|python -m optimum_sparse) (?!\.\.\.)(.+)", line) for line in (*blocks, *words)
+    )
+    return [shlex.split(command[1], comments=True) for command in found if command]
+
+
+COMMANDS = commands(TEXT)
+LINKS = [
+    page.parent / link
+    for page in (README, MEASURED)
+    for link in sorted(set(re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))))
 ]
-LINKS = sorted(set(re.findall(r"\]\(([\w./]+)\)", TEXT)))
 
 
 def test_snippets_run(tiny_llama, text, tmp_path, monkeypatch):
@@ -43,7 +56,9 @@ def test_snippets_run(tiny_llama, text, tmp_path, monkeypatch):
 
 def test_commands_have_the_options_that_they_name():
     assert len(COMMANDS) >= 12
-    for command in COMMANDS:
+    measured = commands(MEASURED.read_text(encoding="utf-8"))
+    assert len(measured) >= 2
+    for command in (*COMMANDS, *measured):
         parser = argparse.ArgumentParser()
         add_commands(parser)
         assert parser.parse_args(command).run_sparse is not None
@@ -59,7 +74,7 @@ def test_commands_run(tiny_llama, text, tmp_path, monkeypatch):
     more = {"prune": data, "eval": windows, "sweep": [*data, "--text", str(text), *windows]}
     more["sensitivity"] = more["sweep"]
     for command in COMMANDS:
-        if command[0] in ("bench", "convert") or "--push-to-hub" in command or "c4_train_1000.jsonl" in command:
+        if command[0] in ("bench", "convert") or "--push-to-hub" in command:
             continue
         words = [smaller.get(word, word) for word in command if word != "lambada_openai"]
         words += ["--dataset", str(text)] if command[0] == "eval" and "--dataset" not in words else []
@@ -67,6 +82,6 @@ def test_commands_run(tiny_llama, text, tmp_path, monkeypatch):
     assert {"out", "dense", "results"} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("name", LINKS)
-def test_files_that_it_links_to_exist(name):
-    assert (README.parent / name).exists()
+@pytest.mark.parametrize("path", LINKS, ids=lambda path: path.name)
+def test_files_that_they_link_to_exist(path):
+    assert path.exists()
