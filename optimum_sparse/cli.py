@@ -241,11 +241,11 @@ def _prune(args: argparse.Namespace) -> None:
         pruner = Pruner.from_pretrained(args.model, **_loading(args))
         pruner.prune_to_disk(config, args.output, max_shard_size=args.max_shard_size)
         first = ranks.rank() == 0
-    if not first:
-        return
-    print(pruner.report)
-    print(inspect(args.output, trust_remote_code=args.trust_remote_code))
-    if args.push_to_hub:
+        with ranks.together():  # who leaves may fail as it ends, and torchrun then ends the others
+            if first:
+                print(pruner.report)
+                print(inspect(args.output, trust_remote_code=args.trust_remote_code))
+    if first and args.push_to_hub:
         try:
             print(push(args.output, args.push_to_hub).repo_url)
         except OSError as error:

@@ -384,7 +384,7 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, Header]:
     for file in files:
         try:
             opened = safe_open(file, "pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise OSError(f"{file} cannot be read: {error}.") from error
         with opened as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict

@@ -216,6 +216,8 @@ class Journal:
         if ranks.rank() > 0:
             return None
         done = f"{self.start} block{'' if self.start == 1 else 's'}" if self.start else "what comes before the blocks"
+        if isinstance(error, ValueError):
+            return f"{done} done, and kept in {self.folder}; the same run would end here again: remove that folder."
         return (
             f"{done} done, and kept in {self.folder}: the same run goes on from there; before one with any change, "
             "remove that folder."

@@ -247,7 +247,7 @@ def _prune_linear(
         problem = violation(solved.weight, linear.pattern)
         if problem is not None:
             raise ValueError(f"{type(method).__name__} did not keep to {linear.pattern} in {linear.name}: {problem}.")
-        linear.write(solved.weight)
+        linear.write(solved.weight + 0.0)  # no -0.0: what is in memory is what is loaded from disk, to the bit
     report.pattern = str(linear.pattern)
     report.sparsity = 1 - int(solved.weight.count_nonzero()) / solved.weight.numel()
     report.seconds = time.perf_counter() - started

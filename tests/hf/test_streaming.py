@@ -215,6 +215,17 @@ def stop_at(block: int, source: Path, config: SparsityConfig, output: Path, monk
             Pruner.from_pretrained(source).prune_to_disk(config, output)
 
 
+def test_what_ends_for_its_model_does_not_go_on(source, tmp_path, caplog):
+    """The same run would end there again, and one with a mended model is another."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[2].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj"):
+        Pruner.from_pretrained(tmp_path / "nan").prune_to_disk(make_config("wanda"), tmp_path / "out")
+    assert "2 blocks done, and kept in" in caplog.text
+    assert "would end here again: remove that folder" in caplog.text
+
+
 @pytest.mark.parametrize("case", ["magnitude", "all that second-order methods do", "trained, allocated"])
 def test_going_on_redoes_one_block(case, source, tmp_path, monkeypatch, caplog):
     config, output = CASES[case][1], tmp_path / "out"
@@ -602,14 +613,16 @@ def test_a_full_disk_under_a_model_in_memory(source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "noise"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "noise", "folder"])
 def test_an_unreadable_shard(damage, source, tmp_path):
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "parts", max_shard_size="60KB")
     shard = sorted((tmp_path / "parts").glob("*.safetensors"))[1]
     content = shard.read_bytes()
-    if damage == "gone":
+    if damage in ("gone", "folder"):
         shard.unlink()
-    else:
+    if damage == "folder":
+        shard.mkdir()
+    elif damage != "gone":
         shard.write_bytes(content[: len(content) // 2] if damage == "cut" else b"\xff" * len(content))
     with pytest.raises(OSError, match=shard.name):
         Pruner.from_pretrained(tmp_path / "parts").prune_to_disk(make_config("sparsegpt"), tmp_path / "out")

@@ -247,6 +247,7 @@ def test_weights_are_replaced_in_their_dtype_and_reported(dtype: torch.dtype):
         assert weight.dtype == dtype
         assert id(weight) == parameters[f"{name}.weight"], "tied parameters stay tied"
         assert ((weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+        assert not weight[weight == 0].signbit().any(), "zeros are those of a weight that was loaded"
         assert (report.shape, report.pattern, report.sparsity, report.skipped) == ([16, 16], "2:4", 0.5, None)
         if name == "q":
             assert report.error == pytest.approx(output_error(dense, weight, x), rel=0.05)
