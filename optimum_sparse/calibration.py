@@ -25,6 +25,7 @@ HUB_NAMES: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
 }
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TEXTS = (".txt", ".raw")
 FILES = "a .txt, .jsonl or .parquet file"
 
 Tokenizer = Any  # a transformers tokenizer; this room does not import transformers
@@ -85,7 +86,7 @@ def load_documents(dataset: str | list[str], split: str, seed: int | None = None
         yield from order
         return
     path = Path(dataset)
-    if path.suffix in (".txt", ".raw"):
+    if path.suffix in TEXTS:
         if not path.is_file():
             raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
         try:
@@ -109,9 +110,20 @@ def load_documents(dataset: str | list[str], split: str, seed: int | None = None
             yield texts[0]
 
 
+def is_file_name(dataset: str) -> bool:
+    """Whether a dataset is a local file by its name, there or not."""
+    return Path(dataset).suffix in TEXTS or _kind(dataset) is not None
+
+
+def _kind(dataset: str) -> str | None:
+    """What reads a file that has rows."""
+    name = dataset.removesuffix(".gz")
+    return next((kind for suffix, kind in READERS.items() if name.endswith(suffix)), None)
+
+
 def _open_dataset(dataset: str, split: str, seed: int | None) -> Iterable[dict[str, Any]]:
     path = Path(dataset)
-    kind = next((kind for suffix, kind in READERS.items() if path.name.removesuffix(".gz").endswith(suffix)), None)
+    kind = _kind(dataset)
     if kind is not None and not path.is_file():
         raise FileNotFoundError(f"dataset={dataset!r}: there is no such file.")
     if kind is None and dataset not in HUB_NAMES and path.exists():

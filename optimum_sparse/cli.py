@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import ranks
-from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig
+from .config import ALLOCATIONS, RECIPES, REFINEMENTS, SECOND_ORDER, SparsityConfig, check_keys
 from .core import NM, parse_pattern
 from .evaluation import (
     Perplexity,
@@ -37,10 +37,10 @@ from .evaluation import (
 )
 from .hf.checkpoint import (
     REPORT_FILE,
-    TOKENIZER_ERRORS,
     atomically,
     check_folder,
     export_dense,
+    find_tokenizer,
     inspect,
     load_config,
     load_model,
@@ -133,13 +133,12 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
 def _load(args: argparse.Namespace, source: str, **more: Any) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer)"""
     load_config(source, trust_remote_code=args.trust_remote_code)  # says what is wrong with it
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-    except TOKENIZER_ERRORS as error:
+    tokenizer = find_tokenizer(source, trust_remote_code=args.trust_remote_code)
+    if tokenizer is None:
         raise ValueError(
             f"{source!r} has no tokenizer that can be loaded, and text needs one: save that of the dense model there, "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained({source!r}). ({str(error).splitlines()[0]})"
-        ) from error
+            f"AutoTokenizer.from_pretrained(...).save_pretrained({source!r})."
+        )
     return load_model(source, **_loading(args), **more), tokenizer
 
 
@@ -219,7 +218,9 @@ def _add_recipe(parser: argparse.ArgumentParser, group: Any) -> None:
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of SparsityConfig that were given, by options of their own or by --set."""
     given = {field.name: getattr(args, field.name, None) for field in fields(SparsityConfig)}
-    return {name: value for name, value in given.items() if value is not None} | dict(map(_setting, args.set or []))
+    more = dict(map(_setting, args.set or []))
+    check_keys(more)
+    return {name: value for name, value in given.items() if value is not None} | more
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -377,7 +378,7 @@ def _measurement(
     args: argparse.Namespace, result: Perplexity | TaskScore, dense: Perplexity | TaskScore | None
 ) -> Measurement:
     """As reports keep it."""
-    error = None if math.isnan(result.standard_error) else result.standard_error
+    error = result.standard_error
     if isinstance(result, TaskScore):
         before = dense.accuracy if isinstance(dense, TaskScore) else None
         return Measurement(result.metric, result.task, result.accuracy, error, before, f"{result.items} items")
@@ -458,9 +459,13 @@ def _evaluation(args: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[Any
 
     def evaluate(model: Any) -> dict[str, float]:
         found = perplexity(model, tokenizer, args.text, **text)
-        return {"perplexity": found.perplexity, "perplexity_stderr": found.standard_error}
+        return _number("perplexity", found.perplexity, found.standard_error)
 
     return evaluate, {"text": args.text, **text}
+
+
+def _number(name: str, value: float, error: float | None) -> dict[str, float]:
+    return {name: value} | ({} if error is None else {f"{name}_stderr": error})
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -472,7 +477,7 @@ def _sweep(args: argparse.Namespace) -> None:
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         found = of_text(model)
         for score in score_tasks(model, tokenizer, args.tasks or [], max_items=args.max_items):
-            found |= {score.task: score.accuracy, f"{score.task}_stderr": score.standard_error}
+            found |= _number(score.task, score.accuracy, score.standard_error)
         return found
 
     settings |= {"tasks": args.tasks, "max_items": args.max_items}

@@ -4,7 +4,7 @@ import copy
 import difflib
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeGuard
 
@@ -193,12 +193,7 @@ class SparsityConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The inverse of `to_dict`. Raises ValueError for keys that do not exist."""
         _check_version(config_dict.get("format_version", FORMAT_VERSION))  # first: a newer one may have other keys
-        known = [f.name for f in fields(cls)]
-        for key in config_dict:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known keys are {known}."
-                raise ValueError(f"unknown key {key!r} in a SparsityConfig: {hint}")
+        known = check_keys(config_dict)
         checked = config_dict | {key: kwargs.pop(key) for key in known if key in kwargs}  # or they go in unchecked
         return super().from_dict(checked, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -366,6 +361,17 @@ def _parse_override(value: Any) -> Pattern | None:
     if isinstance(value, str) and ":" not in value:
         raise ValueError(f"{value!r} must be N:M such as '4:8', a sparsity such as 0.5, or 'dense'.")
     return parse_pattern(value) if isinstance(value, str) else Unstructured(value)
+
+
+def check_keys(keys: Iterable[str]) -> list[str]:
+    """The names of all fields of SparsityConfig. Raises ValueError for a key that is none of them."""
+    known = [f.name for f in fields(SparsityConfig)]
+    for key in keys:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys are {known}."
+            raise ValueError(f"unknown key {key!r} in a SparsityConfig: {hint}")
+    return known
 
 
 def _check_version(version: Any) -> None:

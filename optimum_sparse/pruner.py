@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -58,8 +59,8 @@ class Pruner:
             pruner, config = cls(model), model.config
         elif not isinstance(model, str | os.PathLike):
             raise TypeError(f"model must be an id, a path or a PreTrainedModel, got {type(model).__name__}.")
-        elif "sparsity_config" in kwargs:
-            raise ValueError("sparsity_config: would prune while loading; give it to prune or prune_to_disk alone.")
+        elif "sparsity_config" in kwargs or isinstance(kwargs.get("quantization_config"), SparsityConfig):
+            raise ValueError("a SparsityConfig would prune while loading: give it to prune or prune_to_disk alone.")
         else:
             pruner, config = cls(None), load_config(model, **hub)
             pruner._source, pruner._loading = model, kwargs
@@ -111,7 +112,9 @@ class Pruner:
         _check(config)
         check_size(max_shard_size)
         device_map = self._loading.get("device_map")
-        one_device = device_map is None or (isinstance(device_map, str) and device_map not in SPREAD)
+        one_device = device_map is None or (
+            isinstance(device_map, str | int | torch.device) and device_map not in SPREAD
+        )
         if self._model is None and self._source is not None and one_device and config.dataset != "self":
             kwargs = self._loading | {"tokenizer": self.tokenizer, "max_shard_size": max_shard_size}
             stream(self._source, config, output, **kwargs)

@@ -13,6 +13,11 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def kind_of(name: str) -> str:
+    """The same for all matrices whose names differ in numbers alone: "model.layers.*.mlp.up_proj"."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 @dataclass
 class LayerReport:
     """One matrix.
@@ -137,7 +142,7 @@ class PruningReport:
         """A short table: layers of the same kind in one line, whatever was left dense by name and reason."""
         groups: dict[tuple, list[LayerReport]] = {}
         for layer in self.pruned:
-            kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+            kind = kind_of(layer.name)
             family = str(layer.pattern).split()[0]  # unstructured sparsities may all differ
             groups.setdefault((kind, tuple(layer.shape), family), []).append(layer)
         head = ("layers", "count", "shape", "pattern", "sparsity", "output error: mean", "worst", "seconds")

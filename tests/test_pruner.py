@@ -122,6 +122,8 @@ def test_training_keeps_zeros_whose_gradients_are_masked(masked, tiny_llama, tmp
 def test_no_model_is_pruned_twice_by_mistake(tiny_llama):
     with pytest.raises(ValueError, match="give it to prune or prune_to_disk alone"):
         Pruner.from_pretrained(tiny_llama, sparsity_config=make_config("magnitude"))
+    with pytest.raises(ValueError, match="give it to prune or prune_to_disk alone"):
+        Pruner.from_pretrained(tiny_llama, quantization_config=make_config("magnitude"))
 
 
 def test_batches_in_a_list_have_the_length_that_they_have(tiny_llama):
@@ -338,6 +340,11 @@ def test_self_sampling_ignores_the_models_generation_config(tiny_llama):
     before = model.generation_config.to_dict()
     assert_same_weights(Pruner.from_pretrained(model).prune(config), wanted)
     assert model.generation_config.to_dict() == before
+
+
+def test_self_sampling_of_one_token_is_where_text_begins(tiny_llama):
+    config = make_config("wanda", dataset="self", num_samples=3, sequence_length=1)
+    assert Pruner.from_pretrained(tiny_llama).prune(config).hf_quantizer.report.pruned
 
 
 def test_self_sampling_needs_a_head(tiny_llama):
@@ -657,7 +664,7 @@ def test_a_method_without_needs_gets_no_statistics_when_it_is_polished():
     assert all(layer.error is not None for layer in pruner.report.pruned)
 
 
-def sharing_model():
+def sharing_model(make=types.SimpleNamespace):
     """All its blocks get one object that they could write to, as those of models that share keys and values do."""
     model = make_model("llama")
     forwards = [layer.forward for layer in model.model.layers]
@@ -673,7 +680,7 @@ def sharing_model():
     inner = model.model.forward
 
     def outer(*args, **kwargs):
-        return inner(*args, shared=types.SimpleNamespace(), **kwargs)
+        return inner(*args, shared=make(), **kwargs)
 
     model.model.forward = outer
     return model
@@ -687,6 +694,25 @@ def test_blocks_that_hand_state_to_one_another_are_not_followed_on_two_paths():
     for changes in ({"input_shift": 0.5}, {"refine": "reconstruct"}):
         with pytest.raises(ValueError, match="blocks hand state to one another"):
             Pruner.from_pretrained(sharing_model()).prune(make_config("sparsegpt", **changes))
+
+
+def test_blocks_may_hand_a_dict_to_one_another():
+    model = sharing_model(dict)
+    seen = []
+
+    def counting(forward):
+        def wrapped(hidden_states, *args, shared, **kwargs):
+            shared["blocks"] = shared.get("blocks", 0) + 1
+            seen.append(shared["blocks"])
+            return forward(hidden_states, *args, **kwargs)
+
+        return wrapped
+
+    for layer in model.model.layers:
+        layer.forward = counting(layer.forward)
+    with pytest.warns(UserWarning, match="input_shift and residual_shift are off"):
+        Pruner.from_pretrained(model).prune(make_config("sparsegpt"))
+    assert max(seen) >= len(model.model.layers)
 
 
 def test_reconstruction_leaves_alone_what_is_not_pruned():

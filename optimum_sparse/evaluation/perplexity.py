@@ -25,19 +25,19 @@ class Perplexity:
 
     Attributes:
         perplexity: exp(mean negative log-likelihood per predicted token).
-        standard_error: of `perplexity`, from the spread between windows; nan for a single one.
+        standard_error: of `perplexity`, from the spread between windows; None for a single one.
         windows, window: how many windows of how many tokens. The first token of a window is not predicted.
         seconds: for the forward passes.
     """
 
     perplexity: float
-    standard_error: float
+    standard_error: float | None
     windows: int
     window: int
     seconds: float
 
     def __str__(self) -> str:
-        error = "" if math.isnan(self.standard_error) else f" +- {self.standard_error:.2f}"
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.2f}"
         windows = "window" if self.windows == 1 else "windows"
         return f"{self.perplexity:.2f}{error} ({self.windows} {windows} of {self.window} tokens)"
 
@@ -83,7 +83,7 @@ def perplexity(
             losses.append(_window_losses(model, batch.to(device)).double().cpu())
     loss = torch.cat(losses)
     value = math.exp(loss.mean().item())
-    error = value * (loss.std() / len(loss) ** 0.5).item() if len(loss) > 1 else math.nan
+    error = value * (loss.std() / len(loss) ** 0.5).item() if len(loss) > 1 else None
     return Perplexity(value, error, len(loss), ids.shape[1], time.perf_counter() - started)
 
 

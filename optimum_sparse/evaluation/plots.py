@@ -4,6 +4,7 @@ import math
 from os import PathLike
 from typing import Any
 
+from ..report import kind_of
 from .sensitivity import LossIncrease
 from .sweep import SweepResult
 
@@ -81,7 +82,7 @@ def plot_sensitivity(result: LossIncrease, path: str | PathLike, pattern: str | 
         for name, losses in result.layers.items():
             if f".{block}." in f".{name}":
                 local = name.rpartition(f"{block}.")[2]
-                row = ".".join("*" if part.isdigit() else part for part in local.split("."))
+                row = kind_of(local)
                 cells[row, column] = cells.get((row, column), 0.0) + losses[place]
     positive = [value for value in cells.values() if 0 < value < math.inf]
     if not positive:

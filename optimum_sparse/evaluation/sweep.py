@@ -154,8 +154,12 @@ def grid(
         options: further fields of SparsityConfig, for all.
 
     Raises:
-        ValueError: no such method or recipe; nothing to measure; a config that is not valid.
+        ValueError: no such method or recipe; nothing to measure; an option that is one of these; a config that is not
+            valid.
     """
+    if taken := options.keys() & {"method", "pattern", "sparsity"}:
+        given = ", ".join(sorted(taken))
+        raise ValueError(f"{given}: differs from point to point, so give methods, sparsities and patterns.")
     for method in methods:
         if method not in METHODS and method not in RECIPES:
             raise ValueError(f"{method!r} is no method ({', '.join(METHODS)}) and no recipe ({', '.join(RECIPES)}).")

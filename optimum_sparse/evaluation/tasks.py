@@ -40,19 +40,19 @@ class TaskScore:
 
     Attributes:
         accuracy: share of items that are right (of lm-eval: its metric, see `metric`).
-        standard_error: of `accuracy`, from the spread between items; nan for a single one.
+        standard_error: of `accuracy`, from the spread between items; None for a single one.
         items: how many.
         metric: "acc", or what lm-eval reports for a task without it.
     """
 
     task: str
     accuracy: float
-    standard_error: float
+    standard_error: float | None
     items: int
     metric: str = "acc"
 
     def __str__(self) -> str:
-        return f"{self.accuracy:.3f}" + ("" if math.isnan(self.standard_error) else f" +- {self.standard_error:.3f}")
+        return f"{self.accuracy:.3f}" + ("" if self.standard_error is None else f" +- {self.standard_error:.3f}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,7 +94,7 @@ def score_tasks(
     for file, items in read.items():
         right = _right(model, tokenizer, items, batch_size, file.name)
         accuracy = sum(right) / len(right)
-        error = (accuracy * (1 - accuracy) / (len(right) - 1)) ** 0.5 if len(right) > 1 else math.nan
+        error = (accuracy * (1 - accuracy) / (len(right) - 1)) ** 0.5 if len(right) > 1 else None
         scores.append(TaskScore(file.name.partition(".")[0], accuracy, error, len(right)))
     return scores
 
@@ -183,7 +183,7 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, context: str, continuation: 
     bare = context.rstrip(" ")
     start = len(tokenizer(bare)["input_ids"])
     ids = tokenizer(context + continuation)["input_ids"]
-    most = getattr(model.config, "max_position_embeddings", None) or len(ids)
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or len(ids)
     cut = max(0, len(ids) - most)
     if not cut < start < len(ids):
         raise ValueError(
@@ -257,7 +257,8 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
         if not values:  # a group of tasks that reports nothing of its own
             continue
         name = "acc,none" if "acc,none" in values else values[0]
-        error_of = numbers.get(name.replace(",", "_stderr,", 1), math.nan)
+        error = numbers.get(name.replace(",", "_stderr,", 1), math.nan)
         items = found.get("n-samples", {}).get(task, {}).get("effective", 0)
-        scores.append(TaskScore(task, float(numbers[name]), float(error_of), int(items), name.partition(",")[0]))
+        error_of = None if math.isnan(error) else float(error)
+        scores.append(TaskScore(task, float(numbers[name]), error_of, int(items), name.partition(",")[0]))
     return scores

@@ -90,11 +90,6 @@ def encode(weight: Tensor, pattern: Pattern) -> dict[str, Tensor]:
 def decode(tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
     """The dense matrix [out, in], after `validate`."""
     validate(tensors, shape, pattern)
-    return decode_valid(tensors, shape)
-
-
-def decode_valid(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """The dense matrix [out, in] of tensors that are known to be valid."""
     return put_kept(tensors["weight"], tensors["weight_mask"], shape[1])
 
 

@@ -349,7 +349,12 @@ def record_calls(
                 hidden.append(x)
             previous = arguments[index][-1] if arguments[index] else None
             other = arguments[index - 1][-1] if index and arguments[index - 1] else None
-            arguments[index].append(_shared((args[1:], kwargs), [previous, other]))
+            known = [before for before in (previous, other) if before is not None]
+            named = {
+                name: _shared(value, [options[name] for _, options in known if name in options])
+                for name, value in kwargs.items()
+            }
+            arguments[index].append((_shared(args[1:], [values for values, _ in known]), named))
             if index == len(blocks) - 1:
                 raise _Recorded
             return (x,) + (None,) * (returns_tuple - 1) if returns_tuple else x
@@ -399,7 +404,10 @@ def _returns_tuple(model: PreTrainedModel, blocks: Sequence[nn.Module], batch: d
 
 
 def _shared(value: Any, known: list[Any]) -> Any:
-    """`value`, with every tensor that equals the one at the same place of a `known` value replaced by it."""
+    """`value`, with every tensor that equals the one at the same place of a `known` value replaced by it.
+
+    What blocks could write to stays the object that it is.
+    """
     if isinstance(value, Tensor):
         for other in known:
             if other is value:
@@ -414,9 +422,4 @@ def _shared(value: Any, known: list[Any]) -> Any:
     if isinstance(value, tuple) and type(value) is tuple:
         inner = [other for other in known if isinstance(other, tuple) and len(other) == len(value)]
         return tuple(_shared(item, [other[i] for other in inner]) for i, item in enumerate(value))
-    if isinstance(value, dict):
-        return {
-            key: _shared(item, [other[key] for other in known if isinstance(other, dict) and key in other])
-            for key, item in value.items()
-        }
     return value

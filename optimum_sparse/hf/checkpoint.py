@@ -1,7 +1,4 @@
-"""What is read from and written to files: reports beside checkpoints, what a checkpoint holds, dense export.
-
-Only this module, `convert`, `hub`, `journal` and `streaming` do file input and output.
-"""
+"""What is read from and written to files: reports beside checkpoints, what a checkpoint holds, dense export."""
 
 import contextlib
 import copy
@@ -94,7 +91,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """A file's content, or which files a folder holds, are on the disk when this returns."""
+    """A file's content, or which files a folder holds, are on the disk when this returns (but on Windows)."""
+    if os.name == "nt":  # which syncs no folders, and only files that are open for writing
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -274,15 +273,21 @@ def legacy_format(content: dict[str, Any]) -> str | None:
 TOKENIZER_ERRORS = (OSError, ValueError, ImportError, TypeError)
 
 
-def copy_tokenizer(source: str, directory: str | os.PathLike, **loading: Any) -> None:
-    """Save the tokenizer of `source` beside a checkpoint, if it has one."""
+def find_tokenizer(source: str, **loading: Any) -> Any:
+    """The tokenizer of `source`; None, after a line in the log that says why, if it has none that can be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **loading)
+        return AutoTokenizer.from_pretrained(source, **loading)
     except TOKENIZER_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("%s has no tokenizer that can be loaded, so none is written: %s", source, reason)
-        return
-    tokenizer.save_pretrained(directory)
+        logger.warning("%s has no tokenizer that can be loaded: %s", source, reason)
+        return None
+
+
+def copy_tokenizer(source: str, directory: str | os.PathLike, **loading: Any) -> None:
+    """Save the tokenizer of `source` beside a checkpoint, if it has one."""
+    tokenizer = find_tokenizer(source, **loading)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from ..config import QUANT_METHOD, SparsityConfig
 from ..core import NM, Pattern, Unstructured, exactly, patterns_of
 from ..formats import bitmask, csr, legacy
 from ..pipeline import Linear
-from ..report import LayerReport, PruningReport, aligned
+from ..report import LayerReport, PruningReport, aligned, kind_of
 from .blocks import Plan, full_name, make_plan
 from .checkpoint import (
     CheckpointInfo,
@@ -352,8 +352,7 @@ class CheckpointSurvey:
         """Two tables: matrices of a kind in one line, and formats."""
         groups: dict[tuple, list[Matrix]] = {}
         for matrix in self.matrices:
-            kind = ".".join("*" if part.isdigit() else part for part in matrix.name.split("."))
-            groups.setdefault((kind, matrix.shape), []).append(matrix)
+            groups.setdefault((kind_of(matrix.name), matrix.shape), []).append(matrix)
         rows = [("matrices", "count", "shape", "zeros", "follow exactly")]
         for (kind, shape), members in groups.items():
             shares = [member.sparsity for member in members]

@@ -28,6 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from ..calibration import is_file_name
 from ..config import IN_MEMORY, PAPER, SECOND_ORDER, SparsityConfig
 from ..core import Needs
 from ..formats import bitmask
@@ -160,8 +161,8 @@ def _recipe(config: SparsityConfig, method: str, source: str) -> list[str]:
     arguments = []
     for field in fields(SparsityConfig):
         value = getattr(config, field.name)
-        if field.name == "dataset" and Path(value).suffix in (".txt", ".jsonl", ".parquet"):
-            value = Path(value).name  # where it lies is nobody's business
+        if field.name == "dataset" and is_file_name(value):
+            value = Path(value).name  # config.json says where it lay, as it was given
         said = field.name in ("method", "pattern") or value != usual.get(field.name, getattr(default, field.name))
         if said and field.name not in left_out:
             arguments.append(f"{field.name}={value!r}")

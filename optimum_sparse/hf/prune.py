@@ -307,6 +307,9 @@ def sample_text(model: PreTrainedModel, samples: int, tokens: int, seed: int, ba
             first = torch.randint(text.vocab_size, (count, 1), generator=generator)
             if begin is not None:
                 first = torch.full_like(first, begin)
+            if tokens == 1:
+                written.append(first)
+                continue
             written.append(
                 model.generate(
                     first.to(device),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -27,8 +27,8 @@ from ..report import PruningReport
 from .blocks import Plan, linears_of, make_plan
 from .checkpoint import (
     REPORT_FILE,
-    TOKENIZER_ERRORS,
     check_stored,
+    find_tokenizer,
     names_in_model,
     read_headers,
     read_report,
@@ -523,12 +523,7 @@ def load_tokenizer(config: PreTrainedConfig, **kwargs: Any) -> Any:
     if not source:
         return None
     revision = getattr(config, "_commit_hash", None)
-    try:
-        return AutoTokenizer.from_pretrained(source, **({"revision": revision} if revision else {}) | kwargs)
-    except TOKENIZER_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("%s has no tokenizer that can be loaded: %s", source, reason)
-        return None
+    return find_tokenizer(source, **({"revision": revision} if revision else {}) | kwargs)
 
 
 def _report_on_hub(config: PreTrainedConfig) -> PruningReport | None:

@@ -183,12 +183,11 @@ def _are_pairs(pattern: Pattern, even: int) -> bool:
 
 def _expand_reference(*args: Any) -> Tensor:
     matrix = _Matrix(*args)
-    weight, shape = matrix.weight, (len(matrix.weight_mask), matrix.in_features)
+    weight, mask, in_features = matrix.weight, matrix.weight_mask, matrix.in_features
     if weight.dim() == 3 and matrix.overflow is not None and matrix.starts is not None:
-        count = int(bitmask.unpack_bits(matrix.weight_mask, shape[1]).sum())
-        packed = slots.Slots(weight, matrix.overflow, matrix.starts)
-        weight = slots.unpack(packed, matrix.weight_mask, shape[1], count)
-    return bitmask.decode_valid({"weight": weight, "weight_mask": matrix.weight_mask}, shape)
+        count = int(bitmask.unpack_bits(mask, in_features).sum())
+        weight = slots.unpack(slots.Slots(weight, matrix.overflow, matrix.starts), mask, in_features, count)
+    return bitmask.put_kept(weight, mask, in_features)
 
 
 def _expand_cpu(*args: Any) -> Tensor:

@@ -95,7 +95,8 @@ def prune_blocks(
     if calls is None and (method.needs > Needs.NOTHING or reconstruction is not None):
         raise ValueError(f"{type(method).__name__} needs calibration inputs, and there are none.")
     if objective.needs_dense_path and method.needs < Needs.GRAM:
-        raise ValueError(f"input_shift and residual_shift need a method that sees Gram matrices, not {method}.")
+        name = type(method).__name__
+        raise ValueError(f"input_shift and residual_shift need a method that sees Gram matrices, not {name}.")
     follow = calls is not None and (objective.needs_dense_path or reconstruction is not None)
     if calls is not None and follow and calls.dense_hidden is None:
         calls.dense_hidden = copy.copy(calls.hidden)

@@ -1,5 +1,6 @@
 """Perplexity against its definition, on a tiny model."""
 
+import json
 import math
 
 import pytest
@@ -66,6 +67,13 @@ def test_standard_error_is_of_the_mean_between_windows(model):
     losses = torch.tensor([math.log(perplexity(model, None, window[None]).perplexity) for window in ids])
     result = perplexity(model, None, ids)
     assert result.standard_error == pytest.approx(result.perplexity * (losses.std() / math.sqrt(6)).item(), rel=1e-3)
+
+
+def test_one_window_has_no_standard_error(model):
+    one = perplexity(model, None, torch.arange(3, 30)[None])
+    assert one.standard_error is None
+    assert "+-" not in str(one)
+    json.loads(json.dumps(one.to_dict(), allow_nan=False))
 
 
 def test_too_short_a_text_says_how_long_it_is(model, tokenizer):

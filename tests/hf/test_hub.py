@@ -85,7 +85,8 @@ def test_a_method_of_ones_own_and_data_by_name_are_named():
     assert "method = ...  # an object of its author's own, Saliency" in card
     assert "config = SparsityConfig(pattern='2:4')" in card
     assert ModelCard(card).data.base_model == "org/model"
-    for dataset, said in (("wikitext2", "wikitext2"), ("org/name:en", "org/name:en"), ("/home/me/a.jsonl", "a.jsonl")):
+    files = [(f"/home/me/a{kind}", f"a{kind}") for kind in (".jsonl", ".json", ".json.gz", ".txt", ".raw", ".parquet")]
+    for dataset, said in (("wikitext2", "wikitext2"), ("org/name:en", "org/name:en"), *files):
         assert f"dataset={said!r}" in card_of(SparsityConfig(dataset=dataset))
 
 

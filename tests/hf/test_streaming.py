@@ -189,8 +189,10 @@ def test_what_is_loaded_as_a_whole(source, tmp_path, monkeypatch):
     pruner = Pruner.from_pretrained(source)
     pruner.prune(make_config("magnitude"))
     pruner.prune_to_disk(make_config("wanda"), tmp_path / "twice")
-    with pytest.raises(TypeError):
-        Pruner.from_pretrained(source, device_map="cpu").prune_to_disk(make_config("wanda"), tmp_path / "streamed")
+    for device in ("cpu", torch.device("cpu")):
+        pruner = Pruner.from_pretrained(source, device_map=device)
+        with pytest.raises(TypeError):
+            pruner.prune_to_disk(make_config("wanda"), tmp_path / "streamed")
 
 
 # ---- going on
