@@ -189,12 +189,15 @@ def _enough(tokens: int, num_samples: int, sequence_length: int, source: str) ->
 def _given_batches(batches: Iterable[Any], num_samples: int) -> list[dict[str, Tensor]]:
     taken: list[dict[str, Tensor]] = []
     rows = 0
-    for batch in batches:
+    for batch in [batches] if isinstance(batches, Mapping) else batches:
         content = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         content = {name: content[name] for name in ("input_ids", "attention_mask") if name in content}
         ids, mask = content.get("input_ids"), content.get("attention_mask")
         if not is_token_ids(ids):
-            raise ValueError("a batch must be integer token ids [batch, tokens], or a dict with such `input_ids`.")
+            raise ValueError(
+                f"a batch must be integer token ids [batch, tokens], or a dict with such `input_ids`, got a "
+                f"{type(batch).__name__}; texts must be a list of strings."
+            )
         if "attention_mask" in content and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}.")
         if mask is not None and not ((mask == 0) | (mask == 1)).all():

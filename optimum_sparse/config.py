@@ -3,11 +3,13 @@
 import copy
 import difflib
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeGuard
 
+import numpy as np
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin  # what `config.json` stores must extend it
 
@@ -131,6 +133,11 @@ class SparsityConfig(QuantizationConfigMixin):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        self.dataset = usual_dataset(self.dataset)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError unless all fields are valid: they can be set later, too."""
         _one_of("method", self.method, METHODS)
         _one_of("format", self.format, FORMATS)
         _one_of("quant_method", self.quant_method, [QUANT_METHOD])
@@ -335,6 +342,17 @@ def is_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
+def usual_dataset(dataset: Any) -> Any:
+    """A path as a string, numbers of NumPy as a tensor, texts as a list. Others are as they were."""
+    if isinstance(dataset, os.PathLike):
+        return os.fspath(dataset)
+    if isinstance(dataset, np.ndarray):
+        return torch.as_tensor(dataset)
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str | list):  # a column of `datasets`, say
+        return list(dataset) if len(dataset) and isinstance(dataset[0], str) else dataset
+    return dataset
+
+
 def _check_dataset(dataset: Any) -> None:
     allowed = (
         "a name ('c4', 'wikitext2', 'org/name'), a .txt, .jsonl or .parquet file, a list of texts, a tensor of token "
@@ -348,6 +366,8 @@ def _check_dataset(dataset: Any) -> None:
         raise ValueError(
             f"dataset: token ids must be integers [samples, tokens], got {list(dataset.shape)} {dataset.dtype}."
         )
+    if isinstance(dataset, str | list) and not dataset:
+        raise ValueError(f"dataset={dataset!r} is empty: must be {allowed}.")
     raise ValueError(
         f"dataset of type {type(dataset).__name__}: must be {allowed}. A DataLoader or other iterable of batches goes "
         "to `Pruner.prune(config, dataset=loader)`, since a config is copied and stored."

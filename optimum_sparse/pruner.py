@@ -157,3 +157,4 @@ class Pruner:
 def _check(config: Any) -> None:
     if not isinstance(config, SparsityConfig):
         raise TypeError(f"config must be a SparsityConfig, got {type(config).__name__}: SparsityConfig(method=...).")
+    config.check()

@@ -7,6 +7,7 @@ import types
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -23,7 +24,16 @@ from models import (
 )
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, T5Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    CLIPConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from optimum_sparse import Pruner, SparsityConfig
 from optimum_sparse.config import PAPER
@@ -756,3 +766,112 @@ def test_padding_is_no_token(recwarn):
     batch = {"input_ids": token_ids(8, 40), "attention_mask": mask}
     Pruner(make_model("llama")).prune(make_config("sparsegpt", num_samples=8), dataset=[batch])
     assert any(str(warning.message).startswith("16 calibration tokens") for warning in recwarn)
+
+
+# ---- what is around a model
+
+
+def test_models_with_one_config_are_each_saved_with_their_own(tmp_path):
+    first, second = make_model("llama"), make_model("llama", seed=1)
+    second.config = first.config
+    Pruner.from_pretrained(first).prune(make_config("magnitude"))
+    Pruner.from_pretrained(second).prune(make_config("wanda", "1:4"))
+    second.save_pretrained(tmp_path / "second")
+    first.save_pretrained(tmp_path / "first")
+    second.dequantize()
+    first.save_pretrained(tmp_path / "again")
+    second.save_pretrained(tmp_path / "dense")
+    for name, method, pattern in (
+        ("first", "magnitude", "2:4"),
+        ("again", "magnitude", "2:4"),
+        ("second", "wanda", "1:4"),
+    ):
+        stored = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert (stored["method"], stored["pattern"]) == (method, pattern)
+        assert_same_weights(
+            AutoModelForCausalLM.from_pretrained(tmp_path / name), second if name == "second" else first
+        )
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_fields_that_were_set_later_are_checked(tiny_llama, tmp_path):
+    for name, value in (("num_samples", -3), ("num_samples", np.int64(4)), ("seed", None), ("ignore", "up_proj")):
+        config = make_config("wanda")
+        setattr(config, name, value)
+        for call in (
+            lambda config=config: Pruner.from_pretrained(tiny_llama).prune(config),
+            lambda config=config: Pruner.from_pretrained(tiny_llama).prune_to_disk(config, tmp_path / "out"),
+            lambda config=config: AutoModelForCausalLM.from_pretrained(tiny_llama, sparsity_config=config),
+        ):
+            with pytest.raises(ValueError, match=name):
+                call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shared", ["an mlp of two blocks", "a linear of one block"])
+def test_a_module_in_two_places_stays_dense(shared):
+    model = make_model("llama")
+    first, second = model.model.layers[0], model.model.layers[1]
+    if shared == "an mlp of two blocks":
+        second.mlp, left = first.mlp, {"gate_proj", "up_proj", "down_proj"}
+    else:
+        first.self_attn.k_proj, left = first.self_attn.v_proj, {"k_proj", "v_proj"}
+    before = weights_of(model)
+    pruner = Pruner.from_pretrained(model)
+    pruner.prune(make_config("wanda"))
+    skipped = [layer for layer in pruner.report.skipped if "shared with another layer" in layer.skipped]
+    assert {layer.name.rpartition(".")[2] for layer in skipped} <= left
+    assert skipped
+    for layer in skipped:
+        assert torch.equal(model.get_submodule(layer.name).weight, before[f"{layer.name}.weight"])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_what_is_no_causal_language_model_is_refused(method):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    bart = BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99
+    )
+    clip = CLIPConfig(
+        text_config=sizes | {"vocab_size": 99}, vision_config=sizes | {"image_size": 32, "patch_size": 16}
+    )
+    for model in (
+        AutoModel.from_config(bart),
+        AutoModelForSeq2SeqLM.from_config(bart),
+        AutoModel.from_config(ViTConfig(**sizes, image_size=32)),
+        AutoModel.from_config(clip),
+    ):
+        before = weights_of(model)
+        with pytest.raises(ValueError, match=f"{type(model).__name__} is no causal language model"):
+            Pruner.from_pretrained(model).prune(make_config(method))
+        assert_same_weights(model, before)
+
+
+def test_data_of_the_usual_types(tiny_llama, tmp_path):
+    ids = token_ids()
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i % 90}" for i in range(2000)))
+    texts = [f"w{i} w{i + 1} w{i + 2} w4" * 20 for i in range(40)]
+    pairs = [
+        (ids, ids.numpy()),
+        ([{"input_ids": ids}], {"input_ids": ids}),
+        (str(tmp_path / "a.txt"), tmp_path / "a.txt"),
+        (texts, tuple(texts)),
+    ]
+    for usual, other in pairs:
+        config = make_config("wanda", num_samples=2, sequence_length=16)
+        wanted, found = (Pruner.from_pretrained(tiny_llama).prune(config, dataset=data) for data in (usual, other))
+        assert_same_weights(found, wanted)
+        stored, said = (model.hf_quantizer.quantization_config.dataset for model in (found, wanted))
+        assert stored == said or isinstance(other, dict)
+    assert make_config(dataset=tmp_path / "a.txt").dataset == str(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="texts must be a list of strings"):
+        Pruner.from_pretrained(tiny_llama).prune(config, dataset=iter(texts))
+    with pytest.raises(ValueError, match="is empty"):
+        make_config(dataset=[])
+
+
+def test_a_callers_autocast_changes_no_mask(tiny_llama):
+    config = make_config("sparsegpt")
+    wanted = Pruner.from_pretrained(tiny_llama).prune(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_weights(Pruner.from_pretrained(tiny_llama).prune(config), wanted)

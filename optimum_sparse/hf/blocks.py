@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -121,6 +121,16 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
     return next(name for name, module in model.named_modules() if module is blocks), blocks
 
 
+def _check_kind(model: PreTrainedModel) -> None:
+    """Refuse what only has a causal language model in it, or none: the rest of it would stay dense."""
+    text = type(model.config.get_text_config(decoder=True))
+    other = text not in MODEL_FOR_CAUSAL_LM_MAPPING and model.get_output_embeddings() is None
+    if getattr(model.config, "is_encoder_decoder", False) or (other and text.__module__.startswith("transformers.")):
+        raise ValueError(
+            f"a {type(model).__name__} is no causal language model: only what AutoModelForCausalLM loads is pruned."
+        )
+
+
 def make_plan(
     model: PreTrainedModel,
     config: SparsityConfig,
@@ -140,6 +150,8 @@ def make_plan(
     Raises:
         ValueError: naming the modules, and the option that leaves them dense.
     """
+    if strict:
+        _check_kind(model)
     prefix, modules = find_blocks(model, config.block_name)
     full = full_name(model)
     if strict:
@@ -147,7 +159,7 @@ def make_plan(
     if shared is None:
         owners: dict[int, list[str]] = {}
         for number, module in modules._modules.items():
-            for local, child in module.named_modules():
+            for local, child in module.named_modules(remove_duplicate=False):
                 if is_linear(child):
                     owners.setdefault(id(child.weight), []).append(f"{prefix}.{number}.{local}")
         shared = frozenset(name for names in owners.values() if len(names) > 1 for name in names)
@@ -245,7 +257,7 @@ def is_fused(module: nn.Module) -> bool:
 
 def module_names(model: nn.Module) -> Iterator[str]:
     """The names of all modules, and of the linears of fused experts taken apart."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         yield name
         if is_fused(module):
             for number in range(len(module.down_proj)):

@@ -1,11 +1,12 @@
 """Registers with transformers, and lets `from_pretrained` take `sparsity_config=` and `run_compressed=`."""
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -191,17 +192,24 @@ def _is_sparse(model: PreTrainedModel) -> bool:
     return isinstance(quantizer, SparsityQuantizer) and quantizer.saves_all and not adapter
 
 
-def _inherited_config(model: PreTrainedModel) -> Any:
-    """A sparse model's quantization_config in the config of one that is saved dense; else None.
-
-    Models share their config with their parts, and with what else is made from it.
-    """
-    if isinstance(getattr(model, "hf_quantizer", None), SparsityQuantizer):
-        return None
-    config = getattr(model.config, "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    compressed = any(isinstance(module, SparseLinear) for module in model.modules())
-    return config if method == QUANT_METHOD and not compressed else None
+@contextlib.contextmanager
+def _own_config(model: PreTrainedModel) -> Iterator[None]:
+    """While it is saved, a model's config says what its weights are: models share their config with their parts, and
+    with what else is made from it, and each may be sparse in another way, or dense."""
+    held, own = vars(model.config), "quantization_config"
+    before = {own: held[own]} if own in held else {}
+    if isinstance(quantizer := getattr(model, "hf_quantizer", None), SparsityQuantizer):
+        held[own] = quantizer.quantization_config
+    elif not any(isinstance(module, SparseLinear) for module in model.modules()):
+        config = held.get(own)
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        if method == QUANT_METHOD:
+            del held[own]
+    try:
+        yield
+    finally:
+        held.pop(own, None)
+        held.update(before)
 
 
 def _saving_report(original: Callable) -> Callable:
@@ -212,15 +220,11 @@ def _saving_report(original: Callable) -> Callable:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         before = given_state.set(given.get("state_dict"))
-        config = _inherited_config(self)
         try:
-            if config is not None:
-                del self.config.quantization_config
-            return save(self, given) if _is_sparse(self) else original(self, *args, **kwargs)
+            with _own_config(self):
+                return save(self, given) if _is_sparse(self) else original(self, *args, **kwargs)
         finally:
             given_state.reset(before)
-            if config is not None:
-                self.config.quantization_config = config
 
     def save(self: PreTrainedModel, given: dict[str, Any]) -> Any:
         if ranks.rank() > 0:  # all processes have the same model, and the first one writes it

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .. import ranks
 from ..allocation import allocate
 from ..calibration import calibration_batches
-from ..config import DENSE, QUANT_METHOD, SparsityConfig, describe_dataset, is_texts
+from ..config import DENSE, QUANT_METHOD, SparsityConfig, describe_dataset, is_texts, usual_dataset
 from ..core import Needs
 from ..methods import Method, Polished
 from ..nn import SparseLinear
@@ -67,7 +67,7 @@ def prune_model(
     _check(model)
     check_finite(model)  # before the first block is pruned; offloaded ones when their turn comes
     # As a checkpoint stores it: data that stayed in the model's config would be copied with it, and not all can be.
-    data = config.dataset if dataset is None else dataset
+    data = config.dataset if dataset is None else usual_dataset(dataset)
     described = describe_dataset(data)
     if method is not None:
         _check_method(method)
@@ -111,7 +111,8 @@ def prune_model(
         yield
         report.seconds[name] += time.perf_counter() - started
 
-    with evaluating(model):
+    computes = execution_device(model.get_input_embeddings()).type
+    with evaluating(model), torch.autocast(computes, enabled=False):  # a caller's would change masks
         calls: Calls | None = None
         batches: list[dict[str, Tensor]] = []
         sensitivity: Sensitivity | None = None

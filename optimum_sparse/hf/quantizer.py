@@ -98,6 +98,7 @@ class SparsityQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("sparse models cannot be loaded with tensor parallelism yet: use device_map instead.")
         if not self.pre_quantized:
+            self.quantization_config.check()
             make_plan(model, self.quantization_config)  # what cannot be pruned shows before weights are loaded
             if needs_tokenizer(self.quantization_config):
                 self._tokenizer = load_tokenizer(model.config, **hub_arguments.get({}))

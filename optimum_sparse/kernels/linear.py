@@ -363,8 +363,11 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the compressed weight itself wants a gradient.
     """
-    if forward_ad._current_level >= 0:  # derivatives forwards, which PyTorch has no place for in an op like this
-        if forward_ad.unpack_dual(args[0]).tangent is not None:
+    # Derivatives forwards, and transforms of torch.func: PyTorch has no place for them in an op like this.
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or forward_ad._current_level >= 0:
+        tracked = transformed and torch._C._functorch.is_gradtrackingtensor(args[0])
+        if tracked or forward_ad.unpack_dual(args[0]).tangent is not None:
             raise ValueError(_FROZEN)
         return reference(x, *args)
     if torch.is_grad_enabled() or torch.jit.is_tracing():  # traces are checked without gradients
@@ -386,7 +389,6 @@ def _needs_no_dispatcher(x: Tensor, weight: Tensor) -> bool:
         and not x._is_zerotensor()
         and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd._profiler_enabled()
     )
 

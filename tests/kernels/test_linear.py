@@ -287,6 +287,29 @@ def test_under_tracers_and_transforms(tokens: int):
     torch.testing.assert_close(call(torch._neg_view(other)), F.linear(-other, weight, bias))
 
 
+@pytest.mark.parametrize("tokens", [1, CPU_TOKENS + 1])
+def test_derivatives_by_torch_func(tokens: int):
+    weight, packed, bias = layer()
+    x = torch.randn(3, tokens, 40)
+
+    def loss(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return linear(x, *packed, 40, bias).square().sum()
+
+    def dense(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, bias).square().sum()
+
+    for transform in (
+        lambda f: torch.func.grad(f, argnums=(0, 1))(x, bias),
+        lambda f: torch.func.jacrev(f, argnums=(0, 1))(x, bias),
+        lambda f: torch.vmap(torch.func.grad(f), in_dims=(0, None))(x, bias),
+        lambda f: torch.func.jvp(f, (x, bias), (x, bias))[1],
+        lambda f: torch.func.hessian(f, argnums=1)(x, bias),
+    ):
+        torch.testing.assert_close(transform(loss), transform(dense), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="a compressed weight cannot be trained"):
+        torch.func.grad(lambda w: linear(x, w, *packed[1:], 40, bias).sum())(packed[0])
+
+
 def test_compiled_for_cuda_without_a_break_where_there_is_none():
     """With tensors that only say that they are on a GPU: what torch.compile follows there is other code."""
 
