@@ -294,9 +294,9 @@ def test_a_mask_that_leaves_no_token_is_refused():
     assert len(batches_of([*batches[:1], {"input_ids": IDS}])) == 2
 
 
-def test_a_dict_of_tensors_is_not_an_iterable_of_batches():
-    with pytest.raises(ValueError, match="integer token ids"):
-        batches_of({"input_ids": IDS})
+def test_a_dict_of_tensors_is_one_batch():
+    (batch,) = batches_of({"input_ids": IDS})
+    assert torch.equal(batch["input_ids"], IDS)
 
 
 def test_a_loader_without_batches():
