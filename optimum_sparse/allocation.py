@@ -85,8 +85,8 @@ class OutlierRatios:
 
 
 def owl(ratios: Sequence[float], sizes: Sequence[int], target: float, spread: float = 0.08) -> list[float]:
-    """The sparsity of each block from its outlier ratio (section 4 there): within 2 * `spread` of one another, and around
-    the target in the mean.
+    """The sparsity of each block from its outlier ratio (section 4 there): within 2 * `spread` of one another, and
+    around the target in the mean.
 
     Args:
         sizes: weights of each block.

@@ -9,11 +9,11 @@
     weight_mask  uint8          [out, ceil(in / 8)], unused bits of the last byte are 0
     weight_rows  int64          [out + 1], unstructured only: where each row begins in `weight`
 
-At 50 % in a 16-bit dtype every pattern takes 0.5625 of the dense bytes (unstructured: and 8 a row). Zeros that a pattern would allow to be
-non-zero are stored as kept values (lowest columns first), so a matrix has exactly one encoding and shapes follow from
-the pattern. The values keep the name `weight`, with another shape, on purpose: a reader that does not know the format
-fails on the shape; under any other name it would go on with random numbers. Each matrix of a fused expert is one of
-its own here (`nn.experts` says under which names).
+At 50 % in a 16-bit dtype every pattern takes 0.5625 of the dense bytes (unstructured: and 8 a row). Zeros that a
+pattern would allow to be non-zero are stored as kept values (lowest columns first), so a matrix has exactly one
+encoding and shapes follow from the pattern. The values keep the name `weight`, with another shape, on purpose: a
+reader that does not know the format fails on the shape; under any other name it would go on with random numbers. Each
+matrix of a fused expert is one of its own here (`nn.experts` says under which names).
 """
 
 import math
