@@ -8,7 +8,7 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
-def test_needs_only_torch_transformers_accelerate_and_safetensors():
+def test_needs_no_extras():
     blocked = ("datasets", "optimum", "gguf", "matplotlib", "pandas", "sklearn", "peft", "lm_eval")
     code = f"""
 import sys

@@ -107,15 +107,18 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
     def is_block(module: nn.Module) -> bool:
         return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
 
-    candidates = [
-        module
-        for module in decoder.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(is_block(child) for child in module)
-    ]
+    candidates: list[nn.ModuleList] = []
+    for root in (decoder, model):  # some models call part of their head a decoder
+        candidates = candidates or [
+            module
+            for module in root.modules()
+            if isinstance(module, nn.ModuleList) and len(module) and all(is_block(child) for child in module)
+        ]
     if not candidates:
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ValueError(
-            f"no decoder blocks were found in {type(model).__name__}: name their ModuleList, "
-            "SparsityConfig(block_name='model.layers')."
+            f"no decoder blocks were found in {type(model).__name__}: name their ModuleList, such as "
+            f"SparsityConfig(block_name='model.layers'); it has {_some(lists) or 'none'}."
         )
     blocks = max(candidates, key=len)
     return next(name for name, module in model.named_modules() if module is blocks), blocks

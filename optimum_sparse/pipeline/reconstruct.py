@@ -7,7 +7,6 @@ path, the input is what the pruned model's blocks before it give: so each block 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.func import functional_call
 
 from .. import ranks
 from ..kernels.precision import fast_forward
-from .parts import Block, Calls, Parts, Tensors
+from .parts import Arguments, Block, Calls, Parts, Tensors
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Reconstruction:
     samples: int | None = None
     seed: int = 0
     batch_size: int | None = None
-    arguments: list[list[tuple[tuple, dict[str, Any]]]] | None = None
+    arguments: Arguments | None = None
 
 
 def reconstruct(

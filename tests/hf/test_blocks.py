@@ -85,6 +85,15 @@ def test_finds_the_blocks_of_other_model_types(config, arguments):
     assert len(inside) >= len(outside) - 3  # the head, and what may come before it
 
 
+def test_finds_the_blocks_of_a_model_that_calls_its_head_a_decoder():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    special = dict(pad_token_id=0, bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2)
+    config = transformers.ModernBertDecoderConfig(vocab_size=200, **sizes, **special)
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model.get_decoder(), nn.Linear)
+    assert find_blocks(model) == ("model.layers", model.model.layers)
+
+
 def test_block_name_finds_blocks_that_are_not_found():
     model = make_model("llama")
 
