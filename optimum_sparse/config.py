@@ -347,7 +347,7 @@ def usual_dataset(dataset: Any) -> Any:
     if isinstance(dataset, os.PathLike):
         return os.fspath(dataset)
     if isinstance(dataset, np.ndarray):
-        return torch.as_tensor(dataset)
+        return torch.as_tensor(dataset) if dataset.dtype.kind in "biuf" else dataset.tolist()
     if isinstance(dataset, Sequence) and not isinstance(dataset, str | list):  # a column of `datasets`, say
         return list(dataset) if len(dataset) and isinstance(dataset[0], str) else dataset
     return dataset

@@ -856,6 +856,7 @@ def test_data_of_the_usual_types(tiny_llama, tmp_path):
         ([{"input_ids": ids}], {"input_ids": ids}),
         (str(tmp_path / "a.txt"), tmp_path / "a.txt"),
         (texts, tuple(texts)),
+        (texts, np.array(texts)),
     ]
     for usual, other in pairs:
         config = make_config("wanda", num_samples=2, sequence_length=16)
