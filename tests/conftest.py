@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("TQDM_DISABLE", None)  # progress is tested, too
 
 from collections.abc import Iterator
 from pathlib import Path
