@@ -459,12 +459,12 @@ def _evaluation(args: argparse.Namespace, tokenizer: Any) -> tuple[Callable[[Any
 
     def evaluate(model: Any) -> dict[str, float]:
         found = perplexity(model, tokenizer, args.text, **text)
-        return _number("perplexity", found.perplexity, found.standard_error)
+        return _with_error("perplexity", found.perplexity, found.standard_error)
 
     return evaluate, {"text": args.text, **text}
 
 
-def _number(name: str, value: float, error: float | None) -> dict[str, float]:
+def _with_error(name: str, value: float, error: float | None) -> dict[str, float]:
     return {name: value} | ({} if error is None else {f"{name}_stderr": error})
 
 
@@ -477,7 +477,7 @@ def _sweep(args: argparse.Namespace) -> None:
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         found = of_text(model)
         for score in score_tasks(model, tokenizer, args.tasks or [], max_items=args.max_items):
-            found |= _number(score.task, score.accuracy, score.standard_error)
+            found |= _with_error(score.task, score.accuracy, score.standard_error)
         return found
 
     settings |= {"tasks": args.tasks, "max_items": args.max_items}

@@ -91,14 +91,15 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
     Raises:
         ValueError: none is found, or `block_name` is not a ModuleList.
     """
+    full = full_name(model)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    names = _some([full(name) for name in lists]) or "none"
     if block_name is not None:
-        full = full_name(model)
-        for name, module in model.named_modules():
-            if block_name in (name, full(name)) and isinstance(module, nn.ModuleList):
+        for name, module in lists.items():
+            if block_name in (name, full(name)):
                 return name, module
-        lists = [full(name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ValueError(
-            f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}, which has {_some(lists)}."
+            f"block_name={block_name!r} is not a ModuleList of {type(model).__name__}, which has {names}."
         )
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     decoder = model if decoder is None else decoder
@@ -107,21 +108,15 @@ def find_blocks(model: PreTrainedModel, block_name: str | None = None) -> tuple[
     def is_block(module: nn.Module) -> bool:
         return isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit
 
-    candidates: list[nn.ModuleList] = []
-    for root in (decoder, model):  # some models call part of their head a decoder
-        candidates = candidates or [
-            module
-            for module in root.modules()
-            if isinstance(module, nn.ModuleList) and len(module) and all(is_block(child) for child in module)
-        ]
+    candidates = {name: module for name, module in lists.items() if len(module) and all(map(is_block, module))}
+    inside = set(decoder.modules())  # of no block where a model calls part of its head a decoder
+    candidates = {name: module for name, module in candidates.items() if module in inside} or candidates
     if not candidates:
-        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         raise ValueError(
             f"no decoder blocks were found in {type(model).__name__}: name their ModuleList, such as "
-            f"SparsityConfig(block_name='model.layers'); it has {_some(lists) or 'none'}."
+            f"SparsityConfig(block_name='model.layers'); it has {names}."
         )
-    blocks = max(candidates, key=len)
-    return next(name for name, module in model.named_modules() if module is blocks), blocks
+    return max(candidates.items(), key=lambda named: len(named[1]))
 
 
 def _check_kind(model: PreTrainedModel) -> None:

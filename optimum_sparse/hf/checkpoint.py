@@ -269,15 +269,12 @@ def legacy_format(content: dict[str, Any]) -> str | None:
     return None
 
 
-# What loading a tokenizer raises: no files; files that it cannot read; no package that it needs; no vocabulary.
-TOKENIZER_ERRORS = (OSError, ValueError, ImportError, TypeError)
-
-
 def find_tokenizer(source: str, **loading: Any) -> Any:
     """The tokenizer of `source`; None, after a line in the log that says why, if it has none that can be loaded."""
     try:
         return AutoTokenizer.from_pretrained(source, **loading)
-    except TOKENIZER_ERRORS as error:
+    # No files; files that it cannot read; no package that it needs; no vocabulary.
+    except (OSError, ValueError, ImportError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("%s has no tokenizer that can be loaded: %s", source, reason)
         return None

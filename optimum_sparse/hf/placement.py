@@ -63,8 +63,8 @@ def _store(weights: Any, name: str, tensor: Tensor) -> None:
     return None
 
 
-def usable_device(name: str) -> torch.device:
-    """The device with this name. Raises ValueError unless there is one here."""
+def usable_device(name: str | int | torch.device) -> torch.device:
+    """The device with this name, or the GPU with this number. Raises ValueError unless there is one here."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

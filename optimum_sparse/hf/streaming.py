@@ -49,7 +49,7 @@ def stream(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "50GB",
-    device_map: str | None = None,
+    device_map: str | int | torch.device | None = None,
     **loading: Any,
 ) -> None:
     """Prune the model at `source`, an id or a path, to the new folder `output`; or go on where such a run has ended.
@@ -116,11 +116,11 @@ def stream(
         journal.publish()
 
 
-def _device(device_map: str | None) -> torch.device:
+def _device(device_map: str | int | torch.device | None) -> torch.device:
     """Which is to compute; of several processes each has a GPU of its own."""
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
-    device = usable_device(device_map or "cpu")
+    device = usable_device("cpu" if device_map is None else device_map)
     if ranks.world() > 1 and device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())  # others may take "cuda" for the first one
     return device
@@ -147,7 +147,7 @@ def _data_file(dataset: Any) -> str | None:
 
 
 def _is_file(dataset: Any) -> bool:
-    return isinstance(dataset, str | os.PathLike) and Path(dataset).is_file()
+    return isinstance(dataset, str) and Path(dataset).is_file()
 
 
 def _described(path: Path, pieces: int = 64, piece: int = 4096) -> str:

@@ -83,11 +83,11 @@ def _call(name: str, weight: Tensor, mask: Tensor, rows: Tensor | None, in_featu
     """Whatever the matrix holds, nothing outside of its tensors is read or written."""
     found = library()
     assert found is not None
-    # Of a tensor's methods, len() alone takes as long as three others: a token of a small model waits for all of this.
     weight, mask, rows = weight.contiguous(), mask.contiguous(), None if rows is None else rows.contiguous()
     matrix = TYPES[weight.dtype], weight.data_ptr(), weight.numel(), mask.data_ptr()
     starts = None if rows is None else rows.data_ptr()
     torch.get_num_threads()  # a new thread of Python's learns of torch.set_num_threads only when it asks
+    # Not len(mask): that takes as long as three other methods of a tensor, and a token of a small model waits for all.
     getattr(found, f"optimum_sparse_cpu_{name}")(*matrix, starts, mask.shape[0], in_features, *more)
 
 

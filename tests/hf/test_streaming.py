@@ -195,6 +195,14 @@ def test_what_is_loaded_as_a_whole(source, tmp_path, monkeypatch):
             pruner.prune_to_disk(make_config("wanda"), tmp_path / "streamed")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+@pytest.mark.parametrize("device", [0, 1, torch.device("cuda"), "cuda:0"], ids=str)
+def test_a_gpu_that_is_not_there(device, source, tmp_path):
+    """Its number may be 0, which is no CPU."""
+    with pytest.raises(ValueError, match="there is no device"):
+        Pruner.from_pretrained(source, device_map=device).prune_to_disk(make_config("wanda"), tmp_path / "out")
+
+
 # ---- going on
 
 
